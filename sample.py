@@ -1,0 +1,327 @@
+"""Draw images from a checkpoint.
+
+python sample.py --ckpt out/ft.pt                                        # out/samples.png, a grid
+python sample.py --ckpt out/ft.pt --labels 0,1,2,3 --cfg_scale 2         # classes, guided
+python sample.py --ckpt out/ft.pt --num 50000 --out out/samples.npz      # arr_0 uint8 (N, H, W, C)
+torchrun --nproc_per_node=8 -- sample.py --ckpt out/ft.pt --num 50000 --out out/pngs  # a folder
+
+The architecture comes from the checkpoint. Image i depends on (seed, i) alone, whatever the batch
+size and the number of processes. An interrupted run that writes a folder, .npz or .npy goes on
+where it stopped when the same command is given again.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+import zipfile
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from model import denoiser_from_checkpoint, load_checkpoint, patchify, unpatchify
+from prepare_data import Parser, image_grid
+
+# ---------------------------------------------------------------------------------------------
+# Noise, noise levels, steps.
+
+
+def image_generator(seed, index):
+    """The random stream of image `index`: it belongs to (seed, index) and to nothing else."""
+    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state) >> 1)
+
+
+def edm_sigmas(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """Noise levels of the sampler, float64 (steps + 1,), from sigma_max to 0 (EDM eq. 5)."""
+    i = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
+    top, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return torch.cat([(top + i * (low - top)) ** rho, torch.zeros(1, dtype=torch.float64)])
+
+
+def sample_loop(denoise, x, sigmas, sampler="heun", draw=None, churn=40.0, s_min=0.05, s_max=50.0,
+                s_noise=1.003):
+    """Integrate the probability-flow ODE, or the SDE, from noise to data (EDM algorithms 1 and 2).
+
+    denoise(x, sigma) -> D(x; sigma) of x's shape, for a float sigma; x standard normal of any shape
+    and float type; sigmas (n + 1,) descending to 0; `draw()` gives fresh standard normal noise of
+    x's shape. Samplers: "euler" (the DDIM step, n evaluations), "heun" (second order, 2n - 1),
+    "churn" (heun with noise added before each step, EDM's stochastic sampler and its ImageNet-64
+    settings), "consistency" (denoise, then add noise of the next level).
+    """
+    sigmas = [float(s) for s in sigmas]
+    n = len(sigmas) - 1
+    x = x * sigmas[0]
+    for s, s_next in zip(sigmas[:-1], sigmas[1:]):
+        if sampler == "consistency":
+            x = denoise(x, s)
+            x = x + s_next * draw() if s_next > 0 else x
+            continue
+        if sampler == "churn" and s_min <= s <= s_max:
+            s_hat = s * (1 + min(churn / n, 2**0.5 - 1))
+            x = x + (s_hat**2 - s**2) ** 0.5 * s_noise * draw()
+            s = s_hat
+        slope = (x - denoise(x, s)) / s
+        x_next = x + (s_next - s) * slope
+        if sampler != "euler" and s_next > 0:
+            slope_next = (x_next - denoise(x_next, s_next)) / s_next
+            x_next = x + (s_next - s) * (slope + slope_next) / 2
+        x = x_next
+    return x
+
+
+def guided(denoiser, labels, cfg_scale):
+    """denoise(x, sigma) with classifier-free guidance D_null + g (D_label - D_null).
+
+    Scale 1 evaluates the labels only, scale 0 the null class only, anything else both in one batch.
+    """
+    null = None if labels is None else torch.full_like(labels, denoiser.config.num_classes)
+
+    def denoise(x, sigma):
+        sigma = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
+        if labels is None or cfg_scale in (0, 1):
+            return denoiser(x, sigma, labels=null if cfg_scale == 0 else labels)
+        both = denoiser(torch.cat([x, x]), torch.cat([sigma] * 2), labels=torch.cat([labels, null]))
+        d_label, d_null = both.chunk(2)
+        return d_null + cfg_scale * (d_label - d_null)
+
+    return denoise
+
+
+# ---------------------------------------------------------------------------------------------
+# From a checkpoint to images.
+
+
+def load_denoiser(path, weights="ema", device="cpu"):
+    """(denoiser in eval mode on `device`, checkpoint dict). `weights` is "ema" or "raw"."""
+    checkpoint = load_checkpoint(path)
+    denoiser = denoiser_from_checkpoint(checkpoint, weights).to(device).eval()
+    return denoiser.requires_grad_(False), checkpoint
+
+
+@torch.inference_mode()
+def generate(denoiser, indices, *, seed=0, sampler="heun", steps=18, cfg_scale=1.0, labels=None,
+             batch_size=64, dtype=torch.float32):
+    """Yield (indices, images) batch by batch for the given image indices.
+
+    images: numpy uint8 (b, H, W, C); float32 for a model of latents (where sigma_data is not 0.5 or
+    channels are not 1 or 3). `labels`: class numbers that are cycled over the image indices (all
+    classes by default); ignored without classes. The image of an index depends on (seed, index).
+    """
+    c = denoiser.config
+    device = next(denoiser.parameters()).device
+    labels = list(labels or range(c.num_classes))
+    sigmas = edm_sigmas(steps)
+    for start in range(0, len(indices), batch_size):
+        batch = list(indices[start : start + batch_size])
+        streams = [image_generator(seed, i) for i in batch]
+
+        def draw():
+            shape = (c.image_size, c.image_size, c.channels)
+            noise = torch.stack([torch.randn(shape, generator=g) for g in streams])
+            return patchify(noise, c.patch_size).to(device)
+
+        classes = None
+        if c.num_classes:
+            classes = torch.tensor([labels[i % len(labels)] for i in batch], device=device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            x = sample_loop(guided(denoiser, classes, cfg_scale), draw(), sigmas, sampler, draw)
+        images = unpatchify(x, c.patch_size).float().cpu()
+        if not is_latent(c):
+            images = (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+        yield batch, images.numpy()
+
+
+def is_latent(config):
+    """Whether the model's data are float latents rather than 8-bit images."""
+    return config.channels not in (1, 3) or config.sigma_data != 0.5
+
+
+# ---------------------------------------------------------------------------------------------
+# Writers. A long run writes finished batches to a folder, so that it can be taken up again.
+
+
+def write_all(out, batches, num, batch_size, describe, rank, world):
+    """Write images to a folder of PNGs, .npz or .npy, this process its share; rank 0 joins them.
+
+    `batches(indices)` generates; `describe` says how, and guards against joining two recipes. The
+    work is cut into batches that are the same for any number of processes; what lies in the work
+    folder is not made again. No collectives: a process only watches for the others' files.
+    """
+    is_folder = os.path.splitext(out)[1] not in (".npz", ".npy")
+    work = out if is_folder else out + ".parts"
+    recipe = os.path.join(work, "sampling.json")
+    os.makedirs(work, exist_ok=True)
+    if os.path.exists(recipe):
+        with open(recipe) as f:
+            if json.load(f) != describe:
+                sys.exit(f"{work} holds samples of another recipe: remove it or choose another --out")
+    elif os.listdir(work) and is_folder and not any(f.endswith(".tmp") for f in os.listdir(work)):
+        sys.exit(f"{work} is a folder with other files in it: choose another --out")
+    replace_file(recipe, lambda f: f.write(json.dumps(describe).encode()), rank)
+
+    def files(chunk):
+        if is_folder:
+            return [os.path.join(work, f"{i:06d}.png") for i in chunk]
+        return [os.path.join(work, f"{chunk[0]:08d}.npy")]
+
+    chunks = [range(i, min(i + batch_size, num)) for i in range(0, num, batch_size)]
+    todo = [c for c in chunks[rank::world] if not all(map(os.path.exists, files(c)))]
+    for chunk in tqdm(todo, desc="sampling", unit="batch", disable=rank > 0):
+        for _, images in batches(chunk):
+            for path, image in zip(files(chunk), images if is_folder else [images]):
+                save = save_png if is_folder else np.save
+                replace_file(path, lambda f: save(f, image), rank)
+    if rank > 0 or is_folder:
+        return
+    wait_for([f for c in chunks for f in files(c)])
+    join_parts([files(c)[0] for c in chunks], num, out, describe.get("labels"))
+    shutil.rmtree(work)
+
+
+def replace_file(path, write, rank=0):
+    """write(file) to a temporary file beside `path`, then rename: never half a file."""
+    temporary = f"{path}.{rank}.tmp"
+    with open(temporary, "wb") as f:
+        write(f)
+    os.replace(temporary, path)
+
+
+def save_png(file, image):
+    """image uint8 (H, W, 1 or 3)."""
+    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(file, "PNG")
+
+
+def wait_for(paths, minutes=60):
+    """Wait until the other processes have written their files; fails when nothing comes any more."""
+    missing, since = paths, time.time()
+    while missing := [p for p in missing if not os.path.exists(p)]:
+        if time.time() - since > 60 * minutes:
+            sys.exit(f"waited {minutes} minutes for {missing[0]}: run the same command again")
+        time.sleep(0.5)
+
+
+def join_parts(parts, num, out, labels):
+    """Concatenate .npy parts into `out`, with memory for one part only."""
+    first = np.load(parts[0], mmap_mode="r", allow_pickle=False)
+    joined = parts[0] + ".joined"
+    shape, nchw = (num, *first.shape[1:]), first.dtype != np.uint8
+    if nchw:  # latents go out as they came in
+        shape = (num, first.shape[3], *first.shape[1:3])
+    array = np.lib.format.open_memmap(joined, "w+", first.dtype, shape)
+    position = 0
+    for part in parts:
+        images = np.load(part, allow_pickle=False)
+        array[position : position + len(images)] = images.transpose(0, 3, 1, 2) if nchw else images
+        position += len(images)
+    array.flush()
+    if out.endswith(".npy"):
+        return os.replace(joined, out)
+    with zipfile.ZipFile(joined + ".zip", "w") as z:  # what np.savez writes, streamed
+        z.write(joined, "arr_0.npy")
+        if labels:
+            with z.open("arr_1.npy", "w") as f:
+                np.save(f, np.array([labels[i % len(labels)] for i in range(num)]))
+    os.replace(joined + ".zip", out)
+
+
+def save_grid(path, images, columns=None):
+    """Write images uint8 (N, H, W, C) as one picture; latents show their first three channels."""
+    if images.dtype != np.uint8:
+        low, high = images.min(), images.max()
+        images = ((images - low) / max(high - low, 1e-9) * 255).astype(np.uint8)
+        images = images[..., :3] if images.shape[-1] >= 3 else images[..., :1]
+    replace_file(path, lambda f: image_grid(images, columns).save(f, "PNG"))
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def parse_labels(text, num_classes):
+    """"0,1,2" -> [0, 1, 2]; exits if a label is not a class of the model. Empty: all classes."""
+    if text is None:
+        return list(range(num_classes))
+    if not num_classes:
+        sys.exit("--labels was given, but the checkpoint is of a model without classes: leave it out")
+    try:
+        labels = [int(part) for part in text.split(",")]
+    except ValueError:
+        sys.exit(f"--labels is {text!r}, expected whole numbers with commas, such as 0,1,2")
+    wrong = [v for v in labels if not 0 <= v < num_classes]
+    if wrong:
+        sys.exit(f"--labels has {wrong[0]}, but the model's classes are 0 to {num_classes - 1}")
+    return labels
+
+
+def pick_device(name):
+    """auto -> cuda, else mps, else cpu; exits if the device asked for is not there."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(d for d, available in here.items() if available)
+    if not here[name]:
+        sys.exit(f"--device {name} is not available here: use --device auto")
+    return name
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ckpt", default="out/ft.pt", help="checkpoint that train.py wrote")
+    parser.add_argument("--num", type=int, default=64, help="number of images")
+    parser.add_argument("--out", default="out/samples.png",
+                        help=".png: a grid; .npz: arr_0; .npy: an array; otherwise a folder of PNGs")
+    parser.add_argument("--steps", type=int, default=18, help="noise levels")
+    parser.add_argument("--sampler", choices=("heun", "euler", "churn"), default="heun")
+    parser.add_argument("--cfg_scale", type=float, default=1.0, help="guidance scale, 1 for none")
+    parser.add_argument("--labels", help="classes to draw, such as 0,1,2, cycled over the images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    args = parser.parse_args(argv)
+    for name in ("num", "steps", "batch_size"):
+        if getattr(args, name) < 1:
+            sys.exit(f"--{name} is {getattr(args, name)}, expected at least 1")
+    if args.seed < 0:
+        sys.exit(f"--seed is {args.seed}, expected 0 or more")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(args.device)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    denoiser, checkpoint = load_denoiser(args.ckpt, args.weights, device)
+    labels = parse_labels(args.labels, denoiser.config.num_classes)
+    if args.cfg_scale != 1 and not denoiser.config.num_classes:
+        sys.exit(f"--cfg_scale {args.cfg_scale} needs a model with classes: train with --class_cond")
+    suffix = os.path.splitext(args.out)[1]
+    if is_latent(denoiser.config) and suffix not in (".npy", ".png"):
+        sys.exit("this model makes latents: give an --out that ends in .npy, and decode it yourself")
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    settings = dict(seed=args.seed, sampler=args.sampler, steps=args.steps, labels=labels,
+                    cfg_scale=args.cfg_scale)
+
+    def batches(indices):
+        return generate(denoiser, indices, batch_size=args.batch_size,
+                        dtype=getattr(torch, args.dtype), **settings)
+
+    if rank == 0:
+        print(f"{args.num} samples of {args.ckpt}, step {checkpoint['step']}, {args.weights} weights, "
+              f"{args.sampler} {args.steps}, on {device}", file=sys.stderr)
+    if suffix == ".png":
+        if rank == 0:
+            bar = tqdm(range(0, args.num, args.batch_size), desc="sampling", unit="batch")
+            chunks = [images for _, images in batches(range(args.num)) if bar.update() or True]
+            bar.close()
+            save_grid(args.out, np.concatenate(chunks))
+    else:
+        describe = dict(settings, num=args.num, batch_size=args.batch_size, weights=args.weights,
+                        dtype=args.dtype, step=checkpoint["step"], run=checkpoint["run_id"])
+        write_all(args.out, batches, args.num, args.batch_size, describe, rank, world)
+    if rank == 0:
+        print(f"wrote {args.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

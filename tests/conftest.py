@@ -1,0 +1,66 @@
+"""Shared by all tests: the scripts are importable from any working directory, two threads at most."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(2)
+
+
+def make_dataset(folder, n=24, size=16, channels=3, classes=0, seed=0, n_val=8, dtype=np.uint8):
+    """A prepared data set of smooth random pictures, written without prepare_data.py."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for split, count in (("train", n), ("val", n_val)):
+        coarse = rng.integers(0, 256, (count, size // 4, size // 4, channels))
+        images = coarse.repeat(4, axis=1).repeat(4, axis=2)
+        images = images.astype(np.uint8) if dtype == np.uint8 else (images / 100 - 1).astype(dtype)
+        np.save(folder / f"{split}.npy", images)
+        if classes:
+            np.save(folder / f"{split}_labels.npy", np.arange(count) % classes)
+    meta = dict(source="test", num_train=n, num_val=n_val, size=size, channels=channels, layout="NHWC",
+                dtype=np.dtype(dtype).name, sigma_data=0.5, hash=f"test-{seed}",
+                class_names=[f"class {i}" for i in range(classes)] or None, preprocessing={}, rejected=0)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data") / "labelled", classes=3)
+
+
+def run(script, *args, processes=1, timeout=240, **environment):
+    """Run a script of the project as a user would; returns the finished process."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                    "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "--"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command + [str(ROOT / script), *map(str, args)], capture_output=True,
+                          text=True, timeout=timeout, env=environment)
+
+
+def mistake(call, *args):
+    """The one sentence with which `call(args)` leaves; fails if it does not leave with code 1."""
+    with pytest.raises(SystemExit) as e:
+        call([str(a) for a in args])
+    assert isinstance(e.value.code, str) and "\n" not in e.value.code.strip(), e.value.code
+    return e.value.code
+
+
+TINY = ["--dim=32", "--depth=2", "--heads=2", "--patch_size=4", "--device=cpu", "--dtype=float32",
+        "--eval_every=0", "--sample_every=0", "--save_every=0", "--lr=1e-3", "--warmup=2"]

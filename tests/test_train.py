@@ -1,0 +1,339 @@
+"""Training: the data stream, both stages, processes, resuming, and mistakes on the command line."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, make_dataset, mistake, run
+
+import train
+from model import ModelConfig, load_checkpoint, patchify
+
+
+def config_for(**changes):
+    settings = dict(batch_size=12, steps=10, lr=1e-3, hflip=True, **changes)
+    return train.Config(**settings), ModelConfig(image_size=16, dim=32, depth=2, heads=2)
+
+
+def losses(out_dir, name="ft"):
+    lines = [json.loads(line) for line in open(out_dir / "log.jsonl")]
+    return {r["step"]: r["loss"] for r in lines if r["run"] == name and "images_per_s" in r}
+
+
+def same_weights(a, b, keys=("model", "ema")):
+    a, b = load_checkpoint(str(a)), load_checkpoint(str(b))
+    return all(torch.equal(a[k][n], b[k][n]) for k in keys for n in a[k])
+
+
+# -- the data stream ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_gathered_patches_are_those_of_the_mirrored_image(flipped):
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    index, visible = np.array([3, 0, 3]), np.array([[0, 5, 15], [1, 2, 3], [4, 8, 12]])
+    got = train.gather_patches(images, index, visible, 4, np.full(3, flipped))
+    for b in range(3):
+        image = images[index[b]][:, ::-1] if flipped else images[index[b]]
+        for k in range(3):
+            row, col = divmod(visible[b, k], 4)
+            patch = image[row * 4 : row * 4 + 4, col * 4 : col * 4 + 4]
+            assert np.array_equal(got[b, k], patch.reshape(-1))
+
+
+def test_an_epoch_shows_every_image_once_in_an_order_of_its_own(dataset):
+    images = np.load(dataset / "train.npy", mmap_mode="r")
+    cfg, config = config_for()
+    stream = train.Stream(images, None, cfg, config, 0, 1)
+    first = [i for step in (0, 1) for i in stream.load(step)["index"]]
+    second = [i for step in (2, 3) for i in stream.load(step)["index"]]
+    assert sorted(first) == sorted(second) == list(range(24)) and first != second
+
+
+def test_a_step_of_the_stream_does_not_depend_on_the_steps_before(dataset):
+    images = np.load(dataset / "train.npy", mmap_mode="r")
+    cfg, config = config_for(mask_ratio=0.5, mask_type="patch")
+    walked = train.Stream(images, None, cfg, config, 0, 1)
+    for step in range(6):
+        batch = walked.load(step)
+    direct = train.Stream(images, None, cfg, config, 0, 1).load(5)
+    for key in ("patches", "visible", "sigma"):
+        assert torch.equal(batch[key], direct[key])
+
+
+def test_processes_share_one_global_batch(dataset):
+    images = np.load(dataset / "train.npy", mmap_mode="r")
+    cfg, config = config_for(mask_ratio=0.5, mask_type="patch")
+    whole = train.Stream(images, None, cfg, config, 0, 1)
+    whole = whole.to_device(whole.load(3), "cpu")
+    parts = [train.Stream(images, None, cfg, config, r, 3) for r in range(3)]
+    parts = [s.to_device(s.load(3), "cpu") for s in parts]
+    for key in ("clean", "noise", "sigma", "visible"):
+        assert torch.equal(torch.cat([p[key] for p in parts]), whole[key]), key
+
+
+def test_the_stream_gives_the_visible_patches_scaled_to_one(dataset):
+    images = np.load(dataset / "train.npy", mmap_mode="r")
+    cfg, config = config_for(mask_ratio=0.5, mask_type="patch")
+    cfg.hflip = False
+    stream = train.Stream(images, None, cfg, config, 0, 1)
+    loaded = stream.load(0)
+    batch = stream.to_device(loaded, "cpu")
+    whole = patchify(torch.from_numpy(images[loaded["index"]]), 4).float() / 255 * 2 - 1
+    expected = torch.stack([whole[b][batch["visible"][b]] for b in range(12)])
+    assert torch.allclose(batch["clean"], expected, atol=1e-6)
+
+
+def test_noise_levels_are_log_normal_and_labels_are_dropped_at_their_rate(labelled):
+    images, labels = (np.load(labelled / f"train{x}.npy") for x in ("", "_labels"))
+    cfg, _ = config_for()
+    cfg.batch_size = 20_000
+    config = ModelConfig(image_size=16, dim=32, depth=2, heads=2, num_classes=3)
+    batch = train.Stream(images, labels, cfg, config, 0, 1).load(0)
+    ln_sigma = batch["sigma"].log()
+    assert abs(ln_sigma.mean() + 1.2) < 0.05 and abs(ln_sigma.std() - 1.2) < 0.05
+    dropped = batch["labels"] == 3
+    assert abs(dropped.float().mean() - 0.1) < 0.01
+    kept = ~dropped.numpy()
+    assert np.array_equal(batch["labels"].numpy()[kept], labels[batch["index"]][kept])
+
+
+def test_validation_depends_on_data_and_seed_alone(dataset):
+    images = np.load(dataset / "val.npy")
+    config = ModelConfig(image_size=16, dim=32, depth=2, heads=2)
+    a, b = (train.validation_set(images, None, config, 0) for _ in range(2))
+    assert all(torch.equal(a[k], b[k]) for k in ("clean", "noise", "sigma"))
+    ln_sigma = a["sigma"].log().sort().values  # the quantiles of N(-1.2, 1.2^2)
+    quantiles = torch.distributions.Normal(-1.2, 1.2).icdf((torch.arange(8) + 0.5) / 8)
+    assert torch.allclose(ln_sigma, quantiles, atol=1e-4)
+
+
+def test_ema_starts_fast_and_reaches_its_decay():
+    model, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    expected = ema.weight.item()
+    for step in range(200):
+        torch.nn.init.constant_(model.weight, step)
+        train.update_ema(ema, model, 0.9, step)
+        d = min(0.9, (1 + step) / (10 + step))
+        expected = d * expected + (1 - d) * step
+    assert math.isclose(ema.weight.item(), expected, rel_tol=1e-4)
+
+
+def test_learning_rate_warms_up_and_follows_the_cosine():
+    cfg = train.Config(lr=1.0, warmup=9, steps=109, lr_schedule="cosine")
+    assert train.learning_rate(cfg, 0) == pytest.approx(0.1)
+    assert train.learning_rate(cfg, 9) == pytest.approx(1.0)
+    assert train.learning_rate(cfg, 59) == pytest.approx(0.01 + 0.99 * 0.5)
+    assert train.learning_rate(cfg, 109) == pytest.approx(0.01)
+    cfg.lr_schedule = "constant"
+    assert train.learning_rate(cfg, 80) == 1.0
+
+
+# -- runs -----------------------------------------------------------------------------------------
+
+
+def test_both_stages_and_samples(dataset, tmp_path):
+    common = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12", "--log_every=1"]
+    train.main(common + TINY + ["--mask_ratio=0.75", "--mask_type=patch", "--steps=6"])
+    train.main(common + ["--device=cpu", f"--init_from={tmp_path}/pt.pt", "--steps=6", "--eval_every=3",
+                         "--sample_every=6", "--lr=1e-3"])
+    pt, ft = (load_checkpoint(str(tmp_path / f"{n}.pt")) for n in ("pt", "ft"))
+    assert pt["architecture"] == ft["architecture"] and pt["step"] == ft["step"] == 6
+    assert not any("module." in k or "_orig_mod" in k for k in ft["model"])
+    assert (tmp_path / "ft_0000006.png").stat().st_size > 0
+    lines = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert [r["step"] for r in lines if r["run"] == "ft" and "val_loss" in r] == [3, 6]
+
+
+def test_stage_2_starts_from_the_ema_of_stage_1(dataset, tmp_path):
+    common = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12"]
+    train.main(common + TINY + ["--mask_ratio=0.5", "--steps=4", "--block_size=1"])
+    for weights, key in (("ema", "ema"), ("raw", "model")):
+        train.main(common + ["--device=cpu", f"--init_from={tmp_path}/pt.pt", "--steps=0",
+                             f"--init_weights={weights}"])
+        pt, ft = (load_checkpoint(str(tmp_path / f"{n}.pt")) for n in ("pt", "ft"))
+        assert all(torch.equal(ft["model"][n], pt[key][n]) for n in pt[key])
+
+
+def test_training_learns(dataset, tmp_path):
+    train.main([f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=24", "--steps=150",
+                "--log_every=1"] + TINY + ["--lr=5e-3"])
+    curve = losses(tmp_path)
+    first, last = (np.mean([curve[s] for s in r]) for r in (range(1, 11), range(141, 151)))
+    assert last < 0.5 * first
+
+
+def test_stage_1_with_everything_visible_is_stage_2(dataset, tmp_path, monkeypatch):
+    common = [f"--data={dataset}", "--batch_size=12", "--steps=5"] + TINY
+    train.main(common + [f"--out_dir={tmp_path}/whole"])
+    def everything(batch, grid, *rest, **named):
+        return torch.arange(grid**2).expand(batch, -1)
+
+    monkeypatch.setattr(train, "sample_visible", everything)
+    monkeypatch.setattr(train, "count_visible", lambda grid, *rest: grid**2)
+    train.main(common + [f"--out_dir={tmp_path}/shown", "--mask_ratio=0.5", "--lr_schedule=cosine"])
+    assert same_weights(tmp_path / "whole/ft.pt", tmp_path / "shown/pt.pt")
+
+
+@pytest.mark.parametrize("extra", [[], ["--mask_ratio=0.5", "--mask_type=patch", "--class_cond", "--hflip"]])
+def test_resuming_is_bit_identical_to_never_stopping(labelled, tmp_path, extra):
+    name = "pt.pt" if extra else "ft.pt"
+    common = [f"--data={labelled}", "--batch_size=10", "--lr_schedule=constant"] + TINY + extra
+    train.main(common + [f"--out_dir={tmp_path}/whole", "--steps=9"])
+    train.main(common + [f"--out_dir={tmp_path}/parts", "--steps=4"])
+    train.main([f"--out_dir={tmp_path}/parts", "--resume", "--steps=9"])
+    assert same_weights(tmp_path / "whole" / name, tmp_path / "parts" / name)
+    a, b = (load_checkpoint(str(tmp_path / d / name))["optimizer"] for d in ("whole", "parts"))
+    assert all(torch.equal(a["state"][i][k], b["state"][i][k]) for i in a["state"] for k in a["state"][i])
+
+
+def test_sigterm_saves_and_the_resumed_run_is_the_undisturbed_one(dataset, tmp_path):
+    args = [f"--data={dataset}", "--batch_size=12", "--steps=400", "--lr_schedule=constant"] + TINY
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        out = tmp_path / str(code)
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args, f"--out_dir={out}"],
+                                   stderr=subprocess.PIPE, text=True)
+        while not (out / "log.jsonl").exists() or not losses(out):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(60) == code
+        assert 0 < load_checkpoint(str(out / "ft.pt"))["step"] < 400
+        train.main([f"--out_dir={out}", "--resume"])
+    assert same_weights(tmp_path / "143/ft.pt", tmp_path / "130/ft.pt")
+
+
+def test_resume_finds_its_run_or_says_that_there_is_none(dataset, tmp_path, capsys):
+    args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12", "--steps=2"] + TINY
+    assert "found no" in mistake(train.main, *args, "--resume")
+    train.main(args + ["--resume", "auto"])
+    train.main(args + ["--resume", "auto"])
+    assert "resumed from step 2" in capsys.readouterr().err
+    ckpt = tmp_path / "ft.pt"
+    (tmp_path / "ft.prev.pt").write_bytes(ckpt.read_bytes())
+    ckpt.write_bytes(ckpt.read_bytes()[:1000])
+    train.main([f"--out_dir={tmp_path}", "--resume", "--steps=3"])
+    assert "falling back" in capsys.readouterr().err
+    assert load_checkpoint(str(ckpt))["step"] == 3
+
+
+def test_a_fresh_run_keeps_the_checkpoint_whose_name_it_takes(dataset, tmp_path):
+    args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12"] + TINY
+    train.main(args + ["--steps=1"])
+    train.main(args + ["--steps=2"])
+    assert load_checkpoint(str(tmp_path / "ft.old.pt"))["step"] == 1
+
+
+def test_fine_tuning_at_another_resolution_and_with_other_classes(dataset, labelled, tmp_path, capsys):
+    big = make_dataset(tmp_path / "big", size=32, classes=2)
+    base = [f"--out_dir={tmp_path}", "--batch_size=12", "--steps=1"]
+    train.main(base + [f"--data={labelled}", "--class_cond"] + TINY)
+    (tmp_path / "ft.pt").rename(tmp_path / "first.pt")
+    train.main(base + [f"--data={big}", f"--init_from={tmp_path}/first.pt", "--device=cpu"])
+    assert "label embedding starts afresh" in capsys.readouterr().err
+    second = load_checkpoint(str(tmp_path / "ft.pt"))["architecture"]
+    assert (second["image_size"], second["num_classes"]) == (32, 2)
+    train.main(base + [f"--data={dataset}", f"--init_from={tmp_path}/first.pt", "--device=cpu"])
+    assert load_checkpoint(str(tmp_path / "ft.pt"))["architecture"]["num_classes"] == 0
+
+
+def test_latents_train_unscaled(tmp_path):
+    data = make_dataset(tmp_path / "latents", size=8, channels=4, dtype=np.float32)
+    train.main([f"--data={data}", f"--out_dir={tmp_path}", "--batch_size=12", "--steps=2"] + TINY)
+    assert load_checkpoint(str(tmp_path / "ft.pt"))["architecture"]["channels"] == 4
+
+
+def test_steps_that_are_not_finite_are_skipped_and_many_stop_the_run(dataset, tmp_path):
+    data = make_dataset(tmp_path / "poison", size=8, channels=4, dtype=np.float32)
+    images = np.load(data / "train.npy")
+    images[0] = np.nan
+    np.save(data / "train.npy", images)
+    args = [f"--data={data}", f"--out_dir={tmp_path}", "--batch_size=6"] + TINY
+    train.main(args + ["--steps=12"])  # one of four batches holds image 0
+    state = load_checkpoint(str(tmp_path / "ft.pt"))
+    assert all(t.isfinite().all() for k in ("model", "ema") for t in state[k].values())
+    skipped = [r for r in map(json.loads, open(tmp_path / "log.jsonl")) if r.get("event") == "skipped"]
+    assert len(skipped) == 3 and all(0 in r["index"] for r in skipped)
+    images[:] = np.nan
+    np.save(data / "train.npy", images)
+    with pytest.raises(SystemExit) as e:
+        train.main([f"--out_dir={tmp_path}", "--resume", "--steps=100"])
+    assert e.value.code == 3
+    assert load_checkpoint(str(tmp_path / "ft.pt"))["step"] == 12
+
+
+@pytest.mark.parametrize("extra", [[], ["--micro_batch=2"]])
+def test_two_processes_give_the_loss_curve_and_gradients_of_one(labelled, tmp_path, extra):
+    args = [f"--data={labelled}", "--batch_size=12", "--steps=20", "--log_every=1", "--mask_ratio=0.5",
+            "--mask_type=patch", "--class_cond", "--lr_schedule=constant"] + TINY
+    train.main(args + [f"--out_dir={tmp_path}/one"])
+    result = run("train.py", *args, *extra, f"--out_dir={tmp_path}/two", processes=2)
+    assert result.returncode == 0, result.stderr
+    one, two = losses(tmp_path / "one", "pt"), losses(tmp_path / "two", "pt")
+    assert list(one) == list(two) == list(range(1, 21))
+    assert np.allclose(list(one.values()), list(two.values()), rtol=1e-4)
+    # AdamW hides errors of scale, the norm of the gradient does not; first moments hold its entries.
+    norms = [[r["grad_norm"] for r in map(json.loads, open(tmp_path / d / "log.jsonl")) if "grad_norm" in r]
+             for d in ("one", "two")]
+    assert np.allclose(*norms, rtol=1e-3)
+    a, b = (load_checkpoint(str(tmp_path / d / "pt.pt"))["optimizer"]["state"] for d in ("one", "two"))
+    for i in a:
+        scale = a[i]["exp_avg"].abs().max()
+        assert (a[i]["exp_avg"] - b[i]["exp_avg"]).abs().max() < 1e-2 * scale
+
+
+# -- mistakes -------------------------------------------------------------------------------------
+
+
+def test_mistakes_on_the_command_line_get_a_sentence(dataset, labelled, tmp_path):
+    base = [f"--data={dataset}", f"--out_dir={tmp_path}/out", "--batch_size=12", "--steps=1"] + TINY
+
+    def says(*flags):
+        return mistake(train.main, *base, *flags)
+
+    assert "no such" in says(f"--data={tmp_path}/nowhere").lower() or "nowhere" in says(
+        f"--data={tmp_path}/nowhere")
+    assert "mask_ratio" in says("--mask_ratio=1.0") and "mask_ratio" in says("--mask_ratio=-0.5")
+    assert "hides none" in says("--mask_ratio=0.01")
+    assert "not divisible by patch_size" in says("--patch_size=5")
+    assert "heads" in says("--heads=7")
+    assert "not divisible by 1 processes x micro_batch 5" in says("--micro_batch=5")
+    assert "at least 1" in says("--batch_size=0")
+    assert "needs labels" in says("--class_cond")
+    assert "no checkpoint at" in says(f"--init_from={tmp_path}/none.pt")
+    (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 cut off")
+    assert "damaged" in says(f"--init_from={tmp_path}/cut.pt")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_and_ill_typed_flags_name_the_right_ones(capsys):
+    for flag, expected in (("--mask_ration=0.5", "--mask_ratio"), ("--steps=many", "--steps"),
+                           ("--mask-ratio=0.5", "--mask_ratio"), ("--mask_type=stripes", "block")):
+        with pytest.raises(SystemExit) as e:
+            train.main([flag])
+        said = str(e.value.code) + capsys.readouterr().err
+        assert e.value.code not in (0, 2) and expected in said and "Traceback" not in said
+
+
+def test_another_architecture_than_the_checkpoints_names_the_field(dataset, tmp_path):
+    base = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12", "--steps=1"]
+    train.main(base + TINY)
+    ckpt = tmp_path / "ft.pt"
+    assert "depth is 3" in mistake(train.main, *base, f"--init_from={ckpt}", "--depth=3")
+    assert "depth is 3" in mistake(train.main, f"--out_dir={tmp_path}", "--resume", "--depth=3")
+    assert "dim is" in mistake(train.main, *base, f"--init_from={ckpt}", "--preset=dit-s")
+    grey = make_dataset(tmp_path / "grey", channels=1)
+    assert "channels is 1" in mistake(train.main, *base, f"--data={grey}", f"--init_from={ckpt}")
+    train.main(base + [f"--init_from={ckpt}", "--depth=2", "--device=cpu"])  # what agrees is welcome
+
+
+def test_a_mistake_on_the_command_line_has_exit_code_1_and_no_traceback(tmp_path):
+    result = run("train.py", f"--data={tmp_path}/nowhere", f"--out_dir={tmp_path}")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

@@ -1,0 +1,559 @@
+"""Train a diffusion transformer in two stages: first on a few visible patches, then on whole images.
+
+python train.py --mask_ratio=0.9                          # stage 1 -> out/pt.pt
+python train.py --init_from=out/pt.pt                     # stage 2 -> out/ft.pt
+python train.py                                           # whole images from scratch, to compare
+torchrun --nproc_per_node=8 train.py --mask_ratio=0.9     # the same run on 8 GPUs
+torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
+python train.py --resume                                  # go on after an interruption
+
+Both stages are the loop at the end of this file; stage 2 is stage 1 with everything visible. Every
+draw of step n (images, flips, labels, masks, noise levels, noise) comes from generators seeded by
+(seed, n), for the global batch. So resuming is exact, and the number of processes or the size of
+the micro-batch changes nothing but speed.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+import typing
+from argparse import SUPPRESS, BooleanOptionalAction
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import sample
+from model import (PRESETS, Denoiser, ModelConfig, architecture, count_visible, denoising_loss,
+                   load_checkpoint, patchify, previous_name, sample_visible, save_checkpoint)
+from prepare_data import Parser, open_dataset, prepare
+
+# ---------------------------------------------------------------------------------------------
+# Settings: one line each; the command line is made from them. None: chosen by DEFAULTS below.
+
+
+def setting(default, help, **choices):
+    return field(default=default, metadata={"help": help, **choices})
+
+
+@dataclass
+class Config:
+    # files
+    data: str = setting("data/faces", "prepared data set (made if it is the default and missing)")
+    out_dir: str = setting("out", "folder for checkpoints, samples and log.jsonl")
+    init_from: str | None = setting(None, "start from the weights of this checkpoint")
+    init_weights: str = setting("ema", "which of its weights", choices=("ema", "raw"))
+    resume: str | None = setting(None, "go on with the last run; 'auto': if there is one")
+    # masking
+    mask_ratio: float = setting(0.0, "share of the patches hidden; > 0 is stage 1")
+    mask_type: str = setting("block", "what is hidden", choices=("patch", "block", "crop"))
+    block_size: int = setting(2, "patches a side of a hidden block")
+    # network
+    preset: str | None = setting(None, "network size", choices=tuple(PRESETS))
+    dim: int | None = setting(None, "width; overrides the preset")
+    depth: int | None = setting(None, "blocks; overrides the preset")
+    heads: int | None = setting(None, "attention heads; overrides the preset")
+    patch_size: int | None = setting(None, "pixels a side of a patch; overrides the preset")
+    class_cond: bool = setting(False, "condition on the labels of the data set")
+    label_dropout: float = setting(0.1, "share of labels replaced by the null class")
+    # optimization
+    batch_size: int | None = setting(None, "images a step, over all processes")
+    micro_batch: int | None = setting(None, "images a process takes at once; default: its share")
+    steps: int | None = setting(None, "optimizer steps of the whole run")
+    lr: float | None = setting(None, "learning rate of AdamW")
+    lr_schedule: str | None = setting(None, "after the warm-up", choices=("constant", "cosine"))
+    warmup: int = setting(100, "steps of linear warm-up")
+    weight_decay: float = setting(0.03, "weight decay of AdamW")
+    beta1: float = setting(0.9, "first beta of AdamW")
+    beta2: float = setting(0.99, "second beta of AdamW")
+    grad_clip: float = setting(1.0, "largest norm of the gradient, 0 for no limit")
+    ema: float = setting(0.999, "decay of the averaged weights, with a warm-up")
+    p_mean: float = setting(-1.2, "mean of ln sigma in training (EDM table 1)")
+    p_std: float = setting(1.2, "standard deviation of ln sigma")
+    hflip: bool = setting(False, "flip half of the images left-right")
+    # machine
+    dtype: str = setting("auto", "of matrix products", choices=("auto", "float32", "bfloat16"))
+    compile: bool | None = setting(None, "torch.compile; default: on a GPU")
+    device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    seed: int = setting(0, "of every random draw")
+    # intervals in steps, 0: never
+    log_every: int = setting(10, "a line in log.jsonl")
+    eval_every: int | None = setting(None, "validation loss")
+    sample_every: int | None = setting(None, "a grid of samples in out_dir")
+    save_every: int | None = setting(None, "a checkpoint; there is always one at the end")
+
+
+# Stage 1, stage 2, by machine. On a CPU both stages on the built-in faces take about ten minutes on
+# two cores; on a GPU these are MaskDM's settings at 64 px.
+DEFAULTS = {
+    ("cpu", 1): dict(preset="demo", batch_size=192, steps=1000, lr=2e-3, lr_schedule="constant",
+                     eval_every=250, sample_every=0, save_every=250),
+    ("cpu", 2): dict(preset="demo", batch_size=32, steps=1000, lr=2e-3, lr_schedule="cosine",
+                     eval_every=250, sample_every=500, save_every=250),
+    ("gpu", 1): dict(preset="maskdm-64", batch_size=256, steps=100_000, lr=2e-4,
+                     lr_schedule="constant", eval_every=2000, sample_every=0, save_every=2000),
+    ("gpu", 2): dict(preset="maskdm-64", batch_size=128, steps=100_000, lr=2e-4,
+                     lr_schedule="constant", eval_every=2000, sample_every=5000, save_every=2000),
+}
+ARCHITECTURE = ("dim", "depth", "heads", "patch_size")  # settings that a checkpoint decides
+
+
+def parse_flags(argv):
+    """The settings that were given on the command line, and no others."""
+    parser = Parser(description=__doc__.splitlines()[0], argument_default=SUPPRESS)
+    for f in fields(Config):
+        kind = ([t for t in typing.get_args(f.type) if t is not type(None)] or [f.type])[0]
+        default = "" if f.default is None else f" (default {f.default})"
+        extra = dict(f.metadata, help=f.metadata["help"] + default)
+        if kind is bool:
+            extra["action"] = BooleanOptionalAction
+        elif f.name == "resume":
+            extra.update(nargs="?", const="last", choices=("last", "auto"))
+        else:
+            extra["type"] = kind
+        parser.add_argument(f"--{f.name}", **extra)
+    return vars(parser.parse_args(argv))
+
+
+def resolve(given, previous, device):
+    """Config from the flags given, then the run taken up (`previous`), then the defaults."""
+    cfg = Config(**(previous | given))
+    stage = 1 if cfg.mask_ratio > 0 else 2
+    for name, value in DEFAULTS["cpu" if device == "cpu" else "gpu", stage].items():
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, value)
+    if cfg.compile is None:
+        cfg.compile = device == "cuda"
+    return cfg
+
+
+def check(cfg):
+    """Exit with a sentence on a value that no run can have."""
+    at_least = dict(batch_size=1, steps=0, warmup=0, seed=0, block_size=1, log_every=0, save_every=0,
+                    eval_every=0, sample_every=0, weight_decay=0, grad_clip=0, lr=0, p_std=0)
+    for name, low in at_least.items():
+        if not getattr(cfg, name) >= low:
+            sys.exit(f"--{name} is {getattr(cfg, name)}, expected at least {low}")
+    for name in ("ema", "beta1", "beta2", "label_dropout", "mask_ratio"):
+        if not 0 <= getattr(cfg, name) < 1:
+            sys.exit(f"--{name} is {getattr(cfg, name)}, expected a number from 0 up to, not with, 1")
+
+
+# ---------------------------------------------------------------------------------------------
+# The stream of data: step n -> its batch. All randomness of training is drawn here.
+
+
+def seed_of(*numbers):
+    """One 63-bit seed for a tuple of non-negative numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+
+
+def gather_patches(images, index, visible, patch_size, flip):
+    """The visible patches of some images, and no other byte of them.
+
+    images (N, H, W, C) array or memmap, index (b,), visible (b, K) patch numbers, flip (b,) bool:
+    mirrored images, whose patch numbers count from the mirrored side. Returns (b, K, p*p*C).
+    """
+    n, size, _, channels = images.shape
+    p, g = patch_size, size // patch_size
+    patches = images.reshape(n, g, p, g, p, channels)  # a view: nothing is read yet
+    row, col = visible // g, visible % g
+    col = np.where(flip[:, None], g - 1 - col, col)
+    out = patches[index[:, None], row, :, col]  # (b, K, p, p, C)
+    out[flip] = out[flip][:, :, :, ::-1]
+    return out.reshape(*visible.shape, p * p * channels)
+
+
+class Stream:
+    """Batches by step number: `load(step)` on the CPU, `to_device` with the noise.
+
+    Images come in epochs, each a fresh order of the whole set; global position q belongs to epoch
+    q // len(images), so that any step can be loaded at once.
+    """
+
+    def __init__(self, images, labels, cfg, config, rank, world):
+        self.images, self.labels, self.cfg, self.config = images, labels, cfg, config
+        self.share = slice(rank * cfg.batch_size // world, (rank + 1) * cfg.batch_size // world)
+        self.epochs = {}
+
+    def order(self, epoch):
+        if epoch not in self.epochs:
+            g = torch.Generator().manual_seed(seed_of(self.cfg.seed, 0, epoch))
+            self.epochs = {e: o for e, o in self.epochs.items() if e >= epoch - 1}
+            self.epochs[epoch] = torch.randperm(len(self.images), generator=g).numpy()
+        return self.epochs[epoch]
+
+    def load(self, step):
+        """This process's part of batch `step`: dict of index, patches, visible, sigma, labels."""
+        cfg, config, n = self.cfg, self.config, len(self.images)
+        g = torch.Generator().manual_seed(seed_of(cfg.seed, 1, step))
+        ln_sigma = cfg.p_mean + cfg.p_std * torch.randn(cfg.batch_size, generator=g)
+        flip = torch.rand(cfg.batch_size, generator=g) < 0.5
+        dropped = torch.rand(cfg.batch_size, generator=g) < cfg.label_dropout
+        visible = sample_visible(cfg.batch_size, config.grid, cfg.mask_ratio, cfg.mask_type,
+                                 cfg.block_size, generator=g)
+        positions = range(step * cfg.batch_size, (step + 1) * cfg.batch_size)[self.share]
+        index = np.array([self.order(q // n)[q % n] for q in positions])
+        flip = flip[self.share].numpy() & cfg.hflip
+        where = np.arange(config.grid**2)[None].repeat(len(index), axis=0)
+        if visible is not None:
+            visible = visible[self.share]
+            where = visible.numpy()
+        patches = torch.from_numpy(gather_patches(self.images, index, where, config.patch_size, flip))
+        labels = None
+        if config.num_classes:
+            labels = torch.from_numpy(self.labels[index].astype(np.int64))
+            labels = torch.where(dropped[self.share], config.num_classes, labels)
+        sigma = ln_sigma[self.share].exp()
+        return dict(step=step, index=index, patches=patches, visible=visible, sigma=sigma, labels=labels)
+
+    def to_device(self, batch, device):
+        """Move a loaded batch, scale the patches to [-1, 1] and draw the noise on the device."""
+        def move(t):
+            if t is None:
+                return None
+            return t.pin_memory().to(device, non_blocking=True) if device == "cuda" else t.to(device)
+
+        patches, visible, sigma, labels = (move(batch[k]) for k in ("patches", "visible", "sigma", "labels"))
+        clean = patches.float() / 127.5 - 1 if patches.dtype == torch.uint8 else patches
+        g = torch.Generator(device).manual_seed(seed_of(self.cfg.seed, 2, batch["step"]))
+        noise = torch.randn(self.cfg.batch_size, *clean.shape[1:], generator=g, device=device)
+        return dict(clean=clean, noise=noise[self.share], sigma=sigma, visible=visible, labels=labels)
+
+
+def objective(model, config, clean, noise, sigma, visible, labels):
+    """The denoising loss of each image of a batch, (b,): masked or whole, the same line."""
+    noisy = clean + sigma.view(-1, 1, 1) * noise
+    denoised = model(noisy, sigma, visible, labels)
+    return denoising_loss(denoised.float(), clean, sigma, config.sigma_data)
+
+
+def validation_set(images, labels, config, seed, limit=512):
+    """Whole images, noise levels and noise that depend on the data set and the seed alone.
+
+    The levels are the quantiles of EDM's ln sigma ~ N(-1.2, 1.2^2), whatever the run trains with.
+    """
+    n = min(len(images), limit)
+    clean = patchify(torch.from_numpy(np.array(images[:n])), config.patch_size)
+    g = torch.Generator().manual_seed(seed_of(seed, 3))
+    quantile = (torch.randperm(n, generator=g) + 0.5) / n
+    sigma = torch.exp(-1.2 + 1.2 * math.sqrt(2) * torch.erfinv(2 * quantile - 1))
+    noise = patchify(torch.randn(n, *images.shape[1:], generator=g), config.patch_size)
+    labels = torch.from_numpy(labels[:n].astype(np.int64)) if config.num_classes else None
+    return dict(clean=clean, noise=noise, sigma=sigma, labels=labels)
+
+
+@torch.no_grad()
+def validate(model, config, data, autocast, device, rank, world, batch=64):
+    """Mean denoising loss over the validation set; the processes share the work."""
+    total = torch.zeros((), dtype=torch.float64)
+    for start in range(rank * batch, len(data["clean"]), world * batch):
+        part = {k: None if t is None else t[start : start + batch].to(device) for k, t in data.items()}
+        if part["clean"].dtype == torch.uint8:
+            part["clean"] = part["clean"].float() / 127.5 - 1
+        with autocast:
+            total += objective(model, config, visible=None, **part).sum().double().cpu()
+    if world > 1:
+        total = total.to(device).float() if device == "mps" else total.to(device)
+        dist.all_reduce(total)
+    return total.item() / len(data["clean"])
+
+
+# ---------------------------------------------------------------------------------------------
+# Set-up: where to start from.
+
+
+def taken_up(given):
+    """(path, checkpoint) of the run that --resume goes on with, or (None, None) to start afresh."""
+    how = given.get("resume")
+    out_dir = given.get("out_dir", Config.out_dir)
+    if how is None:
+        return None, None
+    names = ["pt.pt" if given.get("mask_ratio", 0) > 0 else "ft.pt"]
+    if how == "last" and not {"mask_ratio", "init_from"} & set(given):
+        names = ["pt.pt", "ft.pt"]  # nothing says which: the newest
+    paths = [os.path.join(out_dir, name) for name in names]
+    paths = [p for p in paths if os.path.exists(p) or os.path.exists(previous_name(p))]
+    if not paths:
+        if how == "auto":
+            return None, None
+        sys.exit(f"--resume found no {' or '.join(names)} in {out_dir}: start without it, or name the "
+                 "run's --out_dir")
+    path = max(paths, key=lambda p: os.path.getmtime(p) if os.path.exists(p) else 0)
+    try:
+        return path, load_checkpoint(path)
+    except SystemExit as e:
+        if not os.path.exists(previous_name(path)):
+            raise
+        print(f"{e.code}; falling back to {previous_name(path)}", file=sys.stderr)
+        return path, load_checkpoint(previous_name(path))
+
+
+def model_config(cfg, given, meta, start):
+    """The network's configuration: from the checkpoint it starts from, else preset and flags."""
+    sizes = dict(PRESETS[cfg.preset])
+    sizes.update({k: getattr(cfg, k) for k in ARCHITECTURE if getattr(cfg, k) is not None})
+    if start:
+        theirs = start["architecture"]
+        wanted = dict(PRESETS[given["preset"]]) if "preset" in given else {}
+        wanted.update({k: given[k] for k in ARCHITECTURE if k in given}, channels=meta["channels"])
+        for k, v in wanted.items():
+            if v != theirs[k]:
+                sys.exit(f"{k} is {v}, but {cfg.resume and 'the run' or cfg.init_from} has {theirs[k]}: "
+                         f"leave --{k} out or start from another checkpoint")
+        sizes = {k: theirs[k] for k in ARCHITECTURE}
+    for k in ARCHITECTURE:
+        setattr(cfg, k, sizes[k])
+    classes = len(meta["class_names"] or []) if cfg.class_cond else 0
+    if cfg.class_cond and not classes:
+        sys.exit(f"--class_cond needs labels, and {cfg.data} has none: prepare it from a folder with "
+                 "one sub-folder a class, or leave the flag out")
+    return ModelConfig(image_size=meta["size"], channels=meta["channels"], num_classes=classes,
+                       sigma_data=meta["sigma_data"], **sizes)
+
+
+def load_initial(denoiser, weights, path, say):
+    """Load another run's weights; only the label embedding may differ, and then starts afresh."""
+    mine = denoiser.state_dict()
+    for name in [n for n in {*mine, *weights} if n.startswith("net.labels.")]:
+        if name not in mine or name not in weights or mine[name].shape != weights[name].shape:
+            say(f"the classes are not those of {path}: the label embedding starts afresh")
+            weights = {k: v for k, v in weights.items() if k != name}
+            if name in mine:
+                weights[name] = mine[name]
+    denoiser.load_state_dict(weights)
+
+
+def pick_dtype(name, device):
+    """auto: bfloat16 where the processor multiplies in it, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        fast = device == "cpu" and probe()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def learning_rate(cfg, step):
+    """Linear warm-up, then constant or a cosine that ends at 1 % of the rate."""
+    warm = min(1.0, (step + 1) / (cfg.warmup + 1))
+    if cfg.lr_schedule == "constant":
+        return cfg.lr * warm
+    progress = min(1.0, max(0.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
+    return cfg.lr * warm * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay, step):
+    """ema <- d ema + (1 - d) weights, with d small in the first steps."""
+    d = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    given = parse_flags(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = sample.pick_device(given.get("device", "auto"))
+
+    def say(text):
+        if rank == 0:
+            tqdm.write(text, file=sys.stderr)
+
+    # -- where the run starts -------------------------------------------------------------------
+    path, checkpoint = taken_up(given)
+    previous = {k: v for k, v in (checkpoint or {}).get("config", {}).items() if k != "resume"}
+    start = checkpoint
+    if not checkpoint and "init_from" in given:
+        start = load_checkpoint(given["init_from"])
+    cfg = resolve(given, previous, device)
+    check(cfg)
+    if device == "cuda":
+        torch.cuda.set_device(local)
+        torch.set_float32_matmul_precision("high")
+    if world > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if rank == 0 and cfg.data == Config.data and not os.path.exists(cfg.data):
+        say(f"{cfg.data} is missing: making the built-in faces")
+        prepare(None, cfg.data)
+    if world > 1:
+        dist.barrier()
+
+    # -- data and network -----------------------------------------------------------------------
+    images, labels, meta = open_dataset(cfg.data)
+    val_images, val_labels, _ = open_dataset(cfg.data, "val")
+    if start and not checkpoint and "class_cond" not in given and meta["class_names"]:
+        cfg.class_cond = start["config"]["class_cond"]  # conditional weights stay conditional
+    config = model_config(cfg, given, meta, start)
+    k = count_visible(config.grid, cfg.mask_ratio, cfg.mask_type, cfg.block_size)
+    share = cfg.batch_size // world
+    cfg.micro_batch = min(cfg.micro_batch or share, share)
+    if cfg.micro_batch < 1 or cfg.batch_size % (world * cfg.micro_batch):
+        sys.exit(f"batch_size {cfg.batch_size} is not divisible by {world} processes x micro_batch "
+                 f"{cfg.micro_batch}: change one of the three")
+    torch.manual_seed(seed_of(cfg.seed, 4) % 2**63)
+    denoiser = Denoiser(config)
+    if checkpoint:
+        denoiser.load_state_dict(checkpoint["model"])
+    elif start:
+        load_initial(denoiser, start[cfg.init_weights if cfg.init_weights == "ema" else "model"],
+                     cfg.init_from, say)
+    denoiser.to(device)
+    ema = Denoiser(config).to(device).eval().requires_grad_(False)
+    ema.load_state_dict(denoiser.state_dict())
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
+                                  weight_decay=cfg.weight_decay, fused=True)
+    step = 0
+    run_id = f"{seed_of(cfg.seed, time.time_ns()):016x}"
+    name = "pt" if cfg.mask_ratio > 0 else "ft"
+    path = path or os.path.join(cfg.out_dir, name + ".pt")
+    if checkpoint:
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, run_id = checkpoint["step"], checkpoint["run_id"]
+        for key in sorted(set(given) - {"resume"}):
+            if previous.get(key) != given[key]:
+                say(f"changed: {key} was {previous.get(key)}, is {given[key]}")
+        say(f"resumed from step {step}")
+    elif rank == 0:
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        if os.path.exists(path):
+            old = os.path.splitext(path)[0] + ".old.pt"
+            os.replace(path, old)
+            say(f"{path} of an earlier run is now {old}")
+    if cfg.compile:
+        denoiser.compile()
+    model = denoiser
+    if world > 1:
+        model = DistributedDataParallel(denoiser, device_ids=[local] if device == "cuda" else None,
+                                        gradient_as_bucket_view=True)
+    dtype = pick_dtype(cfg.dtype, device)
+    autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
+    stream = Stream(images, labels, cfg, config, rank, world)
+    validation = validation_set(val_images, val_labels, config, cfg.seed)
+
+    say("\n".join(f"{key:>14} = {value}" for key, value in asdict(cfg).items() if value is not None))
+    say(f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M parameters on {world} x {device} in "
+        f"{str(dtype)[6:]}; {len(images)} images; {k} of {config.grid**2} patches visible "
+        f"(mask ratio {1 - k / config.grid**2:.4g}); writing {path}")
+    if cfg.batch_size > len(images):
+        say(f"a batch of {cfg.batch_size} holds images of this set of {len(images)} more than once")
+
+    # -- saving, logging, stopping ----------------------------------------------------------------
+    def save():
+        if rank == 0:
+            save_checkpoint(path, dict(
+                model=denoiser.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                architecture=architecture(config), config=asdict(cfg), step=step, run_id=run_id,
+                data_hash=meta["hash"], class_names=meta["class_names"]))
+
+    def log(**record):
+        if rank == 0:
+            with open(os.path.join(cfg.out_dir, "log.jsonl"), "a") as f:
+                f.write(json.dumps(dict(run=name, step=step, **record)) + "\n")
+
+    def evaluate():
+        loss = validate(ema, config, validation, autocast, device, rank, world)
+        log(val_loss=loss)
+        say(f"step {step}: validation loss {loss:.4f}")
+
+    caught = []
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, lambda number, _: caught.append(number))
+
+    def asked_to_stop():
+        """The signal that any process got, or 0: all leave the loop after the same step."""
+        if world == 1:
+            return caught[0] if caught else 0
+        number = torch.tensor(caught[0] if caught else 0, device=device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+    # -- the loop ---------------------------------------------------------------------------------
+    log(event="start", config=asdict(cfg))
+    bar = tqdm(total=cfg.steps, initial=step, desc=name, disable=rank > 0, unit="step")
+    started, seen, bad = time.time(), 0, 0
+    loader = ThreadPoolExecutor(1)  # loads the next batch while this one is computed
+    pending = loader.submit(stream.load, step) if step < cfg.steps else None
+    stop = 0
+    while step < cfg.steps and not stop:
+        loaded = pending.result()
+        pending = loader.submit(stream.load, step + 1)
+        batch = stream.to_device(loaded, device)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step)
+        loss = torch.zeros((), device=device)
+        starts = range(0, share, cfg.micro_batch)
+        for i in starts:
+            part = {key: None if t is None else t[i : i + cfg.micro_batch] for key, t in batch.items()}
+            with nullcontext() if world == 1 or i == starts[-1] else model.no_sync(), autocast:
+                part_loss = objective(model, config, **part).mean() / len(starts)
+                part_loss.backward()
+            loss += part_loss.detach()
+        if world > 1:
+            dist.all_reduce(loss)
+            loss /= world
+        norm = torch.nn.utils.clip_grad_norm_(denoiser.parameters(), cfg.grad_clip or math.inf)
+        loss, norm = torch.stack([loss, norm]).tolist()  # the step's one wait for the GPU
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizer.step()
+            update_ema(ema, denoiser, cfg.ema, step)
+            bad = 0
+        else:
+            bad += 1
+            low, high = loaded["sigma"].min().item(), loaded["sigma"].max().item()
+            log(event="skipped", loss=str(loss), grad_norm=str(norm), sigma=[low, high],
+                index=loaded["index"].tolist())
+            say(f"step {step}: loss {loss}, gradient norm {norm}, sigma {low:.3g} to {high:.3g}: skipped")
+        optimizer.zero_grad(set_to_none=True)
+        step, seen = step + 1, seen + cfg.batch_size
+        bar.update()
+        if bad > 10:
+            say(f"stopped: {bad} steps in a row were not finite; {path} holds the last good state")
+            break
+        stop = asked_to_stop()
+        if cfg.log_every and step % cfg.log_every == 0:
+            rate = seen / (time.time() - started)
+            bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+            log(loss=loss, grad_norm=norm, lr=learning_rate(cfg, step - 1), images_per_s=rate,
+                seconds=time.time() - started)
+        if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps and not stop:
+            evaluate()
+        if cfg.sample_every and step % cfg.sample_every == 0 and rank == 0:
+            grid = [x for _, x in sample.generate(ema, range(16), seed=cfg.seed)]
+            sample.save_grid(os.path.join(cfg.out_dir, f"{name}_{step:07d}.png"), np.concatenate(grid))
+        if stop or (cfg.save_every and step % cfg.save_every == 0 and step < cfg.steps):
+            save()
+    bar.close()
+    loader.shutdown(cancel_futures=True)
+    if bad > 10:
+        sys.exit(3)
+    if stop:
+        say(f"stopped by {signal.Signals(stop).name} after step {step}: {path} is saved, go on with --resume")
+        sys.exit(128 + stop)
+    evaluate()
+    save()
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    say(f"wrote {path} after {step} steps")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except torch.OutOfMemoryError:
+        sys.exit("out of GPU memory: give a smaller --micro_batch (the batch stays what it is)")
