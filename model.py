@@ -166,9 +166,7 @@ def attention(q, k, v):
     """
     if q.device.type == "cpu" and q.shape[2] <= 512:
         scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
-        # The sum of the softmax is taken in float32 or wider, whatever autocast does.
-        weights = scores.softmax(dim=3, dtype=torch.promote_types(q.dtype, torch.float32))
-        return weights.to(v.dtype) @ v
+        return scores.softmax(dim=3) @ v  # the kernel sums in float32 for bfloat16 scores, too
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -285,7 +283,11 @@ def denoising_loss(denoised, clean, sigma, sigma_data):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a checkpoint next to `path`, sync it, and rename; the one it replaces becomes *.prev.pt."""
+    """Write a checkpoint beside `path`, sync it, and rename it; the one it replaces becomes *.prev.pt.
+
+    Whenever the machine stops, `path` or its *.prev.pt is whole. Raises OSError or RuntimeError if
+    the disk is full; the files there are then untouched.
+    """
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as f:

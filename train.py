@@ -16,6 +16,7 @@ the micro-batch changes nothing but speed.
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -24,6 +25,7 @@ from argparse import SUPPRESS, BooleanOptionalAction
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -89,6 +91,8 @@ class Config:
     eval_every: int | None = setting(None, "validation loss")
     sample_every: int | None = setting(None, "a grid of samples in out_dir")
     save_every: int | None = setting(None, "a checkpoint; there is always one at the end")
+    save_minutes: float = setting(0.0, "a checkpoint, by the clock")
+    keep_every: int = setting(0, "a checkpoint that stays, NAME-STEP.pt")
 
 
 # Stage 1, stage 2, by machine. On a CPU both stages on the built-in faces take about ten minutes on
@@ -138,7 +142,8 @@ def resolve(given, previous, device):
 def check(cfg):
     """Exit with a sentence on a value that no run can have."""
     at_least = dict(batch_size=1, steps=0, warmup=0, seed=0, block_size=1, log_every=0, save_every=0,
-                    eval_every=0, sample_every=0, weight_decay=0, grad_clip=0, lr=0, p_std=0)
+                    eval_every=0, sample_every=0, save_minutes=0, keep_every=0, weight_decay=0, grad_clip=0,
+                    lr=0, p_std=0)
     for name, low in at_least.items():
         if not getattr(cfg, name) >= low:
             sys.exit(f"--{name} is {getattr(cfg, name)}, expected at least {low}")
@@ -272,29 +277,30 @@ def validate(model, config, data, autocast, device, rank, world, batch=64):
 
 
 def taken_up(given):
-    """(path, checkpoint) of the run that --resume goes on with, or (None, None) to start afresh."""
+    """(path, checkpoint, file it was read from) of the run that --resume goes on with, or three None."""
     how = given.get("resume")
     out_dir = given.get("out_dir", Config.out_dir)
     if how is None:
-        return None, None
+        return None, None, None
     names = ["pt.pt" if given.get("mask_ratio", 0) > 0 else "ft.pt"]
     if how == "last" and not {"mask_ratio", "init_from"} & set(given):
         names = ["pt.pt", "ft.pt"]  # nothing says which: the newest
-    paths = [os.path.join(out_dir, name) for name in names]
-    paths = [p for p in paths if os.path.exists(p) or os.path.exists(previous_name(p))]
-    if not paths:
+    files = [f for n in names for f in (os.path.join(out_dir, n), previous_name(os.path.join(out_dir, n)))
+             if os.path.exists(f)]
+    if not files:
         if how == "auto":
-            return None, None
+            return None, None, None
         sys.exit(f"--resume found no {' or '.join(names)} in {out_dir}: start without it, or name the "
                  "run's --out_dir")
-    path = max(paths, key=lambda p: os.path.getmtime(p) if os.path.exists(p) else 0)
-    try:
-        return path, load_checkpoint(path)
-    except SystemExit as e:
-        if not os.path.exists(previous_name(path)):
-            raise
-        print(f"{e.code}; falling back to {previous_name(path)}", file=sys.stderr)
-        return path, load_checkpoint(previous_name(path))
+    newest = max(files, key=os.path.getmtime)
+    path = re.sub(r"\.prev\.pt$", ".pt", newest)
+    for file in (path, previous_name(path)):
+        try:
+            return path, load_checkpoint(file), file
+        except SystemExit as e:
+            print(f"{e.code}; falling back to {previous_name(path)}" if file == path else e.code,
+                  file=sys.stderr)
+    sys.exit(f"neither {path} nor {previous_name(path)} can be read: start afresh without --resume")
 
 
 def model_config(cfg, given, meta, start):
@@ -374,7 +380,7 @@ def main(argv=None):
             tqdm.write(text, file=sys.stderr)
 
     # -- where the run starts -------------------------------------------------------------------
-    path, checkpoint = taken_up(given)
+    path, checkpoint, source = taken_up(given)
     previous = {k: v for k, v in (checkpoint or {}).get("config", {}).items() if k != "resume"}
     start = checkpoint
     if not checkpoint and "init_from" in given:
@@ -385,7 +391,7 @@ def main(argv=None):
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")
     if world > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=20))
     if rank == 0 and cfg.data == Config.data and not os.path.exists(cfg.data):
         say(f"{cfg.data} is missing: making the built-in faces")
         prepare(None, cfg.data)
@@ -427,6 +433,10 @@ def main(argv=None):
         for key in sorted(set(given) - {"resume"}):
             if previous.get(key) != given[key]:
                 say(f"changed: {key} was {previous.get(key)}, is {given[key]}")
+        if checkpoint["data_hash"] != meta["hash"]:
+            say(f"changed: the images of {cfg.data} are not those that this run began with")
+        if rank == 0 and source != path and os.path.exists(path):
+            os.replace(path, path + ".broken")  # or it would become the *.prev.pt of the next save
         say(f"resumed from step {step}")
     elif rank == 0:
         os.makedirs(cfg.out_dir, exist_ok=True)
@@ -439,7 +449,7 @@ def main(argv=None):
     model = denoiser
     if world > 1:
         model = DistributedDataParallel(denoiser, device_ids=[local] if device == "cuda" else None,
-                                        gradient_as_bucket_view=True)
+                                        gradient_as_bucket_view=True, broadcast_buffers=False)
     dtype = pick_dtype(cfg.dtype, device)
     autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
     stream = Stream(images, labels, cfg, config, rank, world)
@@ -453,17 +463,27 @@ def main(argv=None):
         say(f"a batch of {cfg.batch_size} holds images of this set of {len(images)} more than once")
 
     # -- saving, logging, stopping ----------------------------------------------------------------
-    def save():
-        if rank == 0:
-            save_checkpoint(path, dict(
+    def save(to=path):
+        """Whether the checkpoint is on disk. A full disk does not stop the run before its end."""
+        if rank > 0:
+            return True
+        try:
+            save_checkpoint(to, dict(
                 model=denoiser.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                 architecture=architecture(config), config=asdict(cfg), step=step, run_id=run_id,
                 data_hash=meta["hash"], class_names=meta["class_names"]))
+            return True
+        except (OSError, RuntimeError) as e:
+            say(f"step {step}: {to} could not be written ({e}); the checkpoint before it is kept")
+            return False
 
     def log(**record):
         if rank == 0:
-            with open(os.path.join(cfg.out_dir, "log.jsonl"), "a") as f:
-                f.write(json.dumps(dict(run=name, step=step, **record)) + "\n")
+            try:
+                with open(os.path.join(cfg.out_dir, "log.jsonl"), "a") as f:
+                    f.write(json.dumps(dict(run=name, step=step, **record)) + "\n")
+            except OSError as e:
+                say(f"step {step}: log.jsonl could not be written ({e})")
 
     def evaluate():
         loss = validate(ema, config, validation, autocast, device, rank, world)
@@ -471,8 +491,14 @@ def main(argv=None):
         say(f"step {step}: validation loss {loss:.4f}")
 
     caught = []
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda number, _: caught.append(number))
+
+    def on_signal(number, _):
+        if caught:
+            os._exit(128 + number)  # asked twice: at once
+        caught.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
 
     def asked_to_stop():
         """The signal that any process got, or 0: all leave the loop after the same step."""
@@ -485,7 +511,8 @@ def main(argv=None):
     # -- the loop ---------------------------------------------------------------------------------
     log(event="start", config=asdict(cfg))
     bar = tqdm(total=cfg.steps, initial=step, desc=name, disable=rank > 0, unit="step")
-    started, seen, bad = time.time(), 0, 0
+    started = saved = time.time()
+    first, seen, bad = step, 0, 0
     loader = ThreadPoolExecutor(1)  # loads the next batch while this one is computed
     pending = loader.submit(stream.load, step) if step < cfg.steps else None
     stop = 0
@@ -535,17 +562,24 @@ def main(argv=None):
         if cfg.sample_every and step % cfg.sample_every == 0 and rank == 0:
             grid = [x for _, x in sample.generate(ema, range(16), seed=cfg.seed)]
             sample.save_grid(os.path.join(cfg.out_dir, f"{name}_{step:07d}.png"), np.concatenate(grid))
-        if stop or (cfg.save_every and step % cfg.save_every == 0 and step < cfg.steps):
-            save()
+        clock = cfg.save_minutes and time.time() - saved > 60 * cfg.save_minutes
+        if stop or clock or (cfg.save_every and step % cfg.save_every == 0 and step < cfg.steps):
+            written = save()
+            saved = time.time()
+        if cfg.keep_every and step % cfg.keep_every == 0:
+            save(f"{os.path.splitext(path)[0]}-{step:07d}.pt")
     bar.close()
     loader.shutdown(cancel_futures=True)
     if bad > 10:
         sys.exit(3)
     if stop:
-        say(f"stopped by {signal.Signals(stop).name} after step {step}: {path} is saved, go on with --resume")
+        say(f"stopped by {signal.Signals(stop).name} after step {step}"
+            + (f": {path} is saved, go on with --resume" if written else ""))
         sys.exit(128 + stop)
-    evaluate()
-    save()
+    if step > first or not checkpoint:  # a finished run taken up again has nothing to add
+        evaluate()
+        if not save():
+            sys.exit(f"{path} could not be written: free some space and run again with --resume")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -557,3 +591,8 @@ if __name__ == "__main__":
         main()
     except torch.OutOfMemoryError:
         sys.exit("out of GPU memory: give a smaller --micro_batch (the batch stays what it is)")
+    except RuntimeError as e:
+        if not (dist.is_initialized() and re.search("gloo|nccl|connection|timed? ?out", str(e), re.I)):
+            raise
+        sys.exit(f"process {dist.get_rank()} lost touch with another one ({str(e).splitlines()[0]}): the "
+                 "report of torchrun names the one that failed first; go on with --resume")
