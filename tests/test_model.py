@@ -139,7 +139,7 @@ def plain_network(denoiser, x, sigma, positions, label=None):
             heads.append(weights @ v[:, part])
         h = h + g1 * linear(block.proj, torch.cat(heads, dim=1))
         u = linear(block.fc1, norm(h) * (1 + a2) + s2)
-        u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+        u = 0.5 * u * (1 + torch.erf(u / math.sqrt(2)))
         h = h + g2 * linear(block.fc2, u)
     shift, scale = linear(net.modulation, cond).chunk(2)
     out = linear(net.head, norm(h) * (1 + scale) + shift)
