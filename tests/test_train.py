@@ -203,7 +203,7 @@ def test_sigterm_saves_and_the_resumed_run_is_the_undisturbed_one(dataset, tmp_p
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
         process.send_signal(number)
-        assert process.wait(60) == code
+        assert process.wait(240) == code
         assert 0 < load_checkpoint(str(out / "ft.pt"))["step"] < 400
         train.main([f"--out_dir={out}", "--resume"])
     assert same_weights(tmp_path / "143/ft.pt", tmp_path / "130/ft.pt")
