@@ -173,7 +173,8 @@ def attention(q, k, v):
 
 def modulate(x, shift, scale):
     """LayerNorm without affine, then the conditional shift and scale. x (B, K, D), others (B, 1, D)."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    x = F.layer_norm(x, x.shape[-1:], eps=1e-6).to(scale.dtype)  # float32 until here under autocast
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class Block(nn.Module):

@@ -155,11 +155,12 @@ def write_all(out, batches, num, batch_size, describe, rank, world):
     work = out if is_folder else out + ".parts"
     recipe = os.path.join(work, "sampling.json")
     os.makedirs(work, exist_ok=True)
+    found = os.listdir(work)  # before the look at the recipe, which every process writes first
     if os.path.exists(recipe):
         with open(recipe) as f:
             if json.load(f) != describe:
                 sys.exit(f"{work} holds samples of another recipe: remove it or choose another --out")
-    elif os.listdir(work) and is_folder and not any(f.endswith(".tmp") for f in os.listdir(work)):
+    elif any(not name.startswith("sampling.json") for name in found):
         sys.exit(f"{work} is a folder with other files in it: choose another --out")
     replace_file(recipe, lambda f: f.write(json.dumps(describe).encode()), rank)
 
@@ -196,12 +197,15 @@ def save_png(file, image):
 
 
 def wait_for(paths, minutes=60):
-    """Wait until the other processes have written their files; fails when nothing comes any more."""
+    """Wait until the other processes have written their files; fails when none comes any more."""
     missing, since = paths, time.time()
-    while missing := [p for p in missing if not os.path.exists(p)]:
+    while missing:
+        still = [p for p in missing if not os.path.exists(p)]
+        since = time.time() if len(still) < len(missing) else since
         if time.time() - since > 60 * minutes:
-            sys.exit(f"waited {minutes} minutes for {missing[0]}: run the same command again")
-        time.sleep(0.5)
+            sys.exit(f"no file came for {minutes} minutes, {still[0]} is missing: run the command again")
+        missing = still
+        time.sleep(0.2 if still else 0)
 
 
 def join_parts(parts, num, out, labels):

@@ -303,7 +303,7 @@ def taken_up(given):
     sys.exit(f"neither {path} nor {previous_name(path)} can be read: start afresh without --resume")
 
 
-def model_config(cfg, given, meta, start):
+def model_config(cfg, given, meta, start, resumed):
     """The network's configuration: from the checkpoint it starts from, else preset and flags."""
     sizes = dict(PRESETS[cfg.preset])
     sizes.update({k: getattr(cfg, k) for k in ARCHITECTURE if getattr(cfg, k) is not None})
@@ -313,8 +313,8 @@ def model_config(cfg, given, meta, start):
         wanted.update({k: given[k] for k in ARCHITECTURE if k in given}, channels=meta["channels"])
         for k, v in wanted.items():
             if v != theirs[k]:
-                sys.exit(f"{k} is {v}, but {cfg.resume and 'the run' or cfg.init_from} has {theirs[k]}: "
-                         f"leave --{k} out or start from another checkpoint")
+                sys.exit(f"{k} is {v}, but {'the run' if resumed else cfg.init_from} has {theirs[k]}: "
+                         "leave the flag out, or start from another checkpoint")
         sizes = {k: theirs[k] for k in ARCHITECTURE}
     for k in ARCHITECTURE:
         setattr(cfg, k, sizes[k])
@@ -322,6 +322,9 @@ def model_config(cfg, given, meta, start):
     if cfg.class_cond and not classes:
         sys.exit(f"--class_cond needs labels, and {cfg.data} has none: prepare it from a folder with "
                  "one sub-folder a class, or leave the flag out")
+    if resumed and classes != start["architecture"]["num_classes"]:
+        sys.exit(f"{cfg.data} has {classes} classes, but the run has {start['architecture']['num_classes']}"
+                 ": resume on the data it began with, or start a new run with --init_from")
     return ModelConfig(image_size=meta["size"], channels=meta["channels"], num_classes=classes,
                        sigma_data=meta["sigma_data"], **sizes)
 
@@ -403,13 +406,13 @@ def main(argv=None):
     val_images, val_labels, _ = open_dataset(cfg.data, "val")
     if start and not checkpoint and "class_cond" not in given and meta["class_names"]:
         cfg.class_cond = start["config"]["class_cond"]  # conditional weights stay conditional
-    config = model_config(cfg, given, meta, start)
+    config = model_config(cfg, given, meta, start, checkpoint is not None)
     k = count_visible(config.grid, cfg.mask_ratio, cfg.mask_type, cfg.block_size)
     share = cfg.batch_size // world
-    cfg.micro_batch = min(cfg.micro_batch or share, share)
-    if cfg.micro_batch < 1 or cfg.batch_size % (world * cfg.micro_batch):
+    micro = min(cfg.micro_batch or share, share)
+    if micro < 1 or cfg.batch_size % (world * micro):
         sys.exit(f"batch_size {cfg.batch_size} is not divisible by {world} processes x micro_batch "
-                 f"{cfg.micro_batch}: change one of the three")
+                 f"{cfg.micro_batch or 1}: change one of the three")
     torch.manual_seed(seed_of(cfg.seed, 4) % 2**63)
     denoiser = Denoiser(config)
     if checkpoint:
@@ -523,9 +526,9 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
         loss = torch.zeros((), device=device)
-        starts = range(0, share, cfg.micro_batch)
+        starts = range(0, share, micro)
         for i in starts:
-            part = {key: None if t is None else t[i : i + cfg.micro_batch] for key, t in batch.items()}
+            part = {key: None if t is None else t[i : i + micro] for key, t in batch.items()}
             with nullcontext() if world == 1 or i == starts[-1] else model.no_sync(), autocast:
                 part_loss = objective(model, config, **part).mean() / len(starts)
                 part_loss.backward()

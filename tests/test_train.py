@@ -337,3 +337,10 @@ def test_a_mistake_on_the_command_line_has_exit_code_1_and_no_traceback(tmp_path
     result = run("train.py", f"--data={tmp_path}/nowhere", f"--out_dir={tmp_path}")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_is_not_resumed_on_data_with_other_classes(labelled, tmp_path):
+    other = make_dataset(tmp_path / "other", classes=2)
+    args = [f"--out_dir={tmp_path}", "--batch_size=12", "--steps=1"]
+    train.main(args + [f"--data={labelled}", "--class_cond"] + TINY)
+    assert "2 classes, but the run has 3" in mistake(train.main, *args, f"--data={other}", "--resume")
