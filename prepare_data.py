@@ -420,8 +420,8 @@ def make_face(index, size=64, seed=0, label=None):
     white, ink, lips, gold = (255, 255, 255), (48, 32, 36), (165, 50, 60), (247, 211, 88)
     dark, light = mix(skin, (90, 30, 40), 0.25), mix(skin, (255, 250, 235), 0.35)
     shade, shine = mix(hair, (20, 5, 25), 0.35), mix(hair, (255, 240, 215), 0.3)
-    u = s * (0.235 + 0.008 * wide)  # one unit: half the width of a head
-    cx, cy = s * (0.5 + 0.025 * shift), s * (0.475 + 0.015 * lift)
+    u = s * (0.27 + 0.008 * wide)  # one unit: half the width of a head
+    cx, cy = s * (0.5 + 0.02 * shift), s * (0.46 + 0.015 * lift)
 
     def box(x, y, rx, ry):
         return [cx + u * (x - rx), cy + u * (y - ry), cx + u * (x + rx), cy + u * (y + ry)]
