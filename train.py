@@ -178,18 +178,19 @@ def gather_patches(images, index, visible, patch_size, flip):
 
 
 class Stream:
-    """Batches by step number: `load(step)` on the CPU, `to_device` with the noise.
+    """Batches by step number.
 
     Images come in epochs, each a fresh order of the whole set; global position q belongs to epoch
     q // len(images), so that any step can be loaded at once.
     """
 
-    def __init__(self, images, labels, cfg, config, rank, world):
-        self.images, self.labels, self.cfg, self.config = images, labels, cfg, config
+    def __init__(self, images, labels, cfg, config, device="cpu", rank=0, world=1):
+        self.images, self.labels, self.cfg, self.config, self.device = images, labels, cfg, config, device
         self.share = slice(rank * cfg.batch_size // world, (rank + 1) * cfg.batch_size // world)
         self.epochs = {}
 
     def order(self, epoch):
+        """The images in the order of this epoch."""
         if epoch not in self.epochs:
             g = torch.Generator().manual_seed(seed_of(self.cfg.seed, 0, epoch))
             self.epochs = {e: o for e, o in self.epochs.items() if e >= epoch - 1}
@@ -197,41 +198,43 @@ class Stream:
         return self.epochs[epoch]
 
     def load(self, step):
-        """This process's part of batch `step`: dict of index, patches, visible, sigma, labels."""
+        """This process's part, b images, of the batch of a step.
+
+        index (b,) numpy; on the device: clean (b, K, p*p*C) in [-1, 1], noise like it, sigma (b,),
+        visible (b, K) or None for the whole image, labels (b,) or None.
+        """
         cfg, config, n = self.cfg, self.config, len(self.images)
         g = torch.Generator().manual_seed(seed_of(cfg.seed, 1, step))
-        ln_sigma = cfg.p_mean + cfg.p_std * torch.randn(cfg.batch_size, generator=g)
-        flip = torch.rand(cfg.batch_size, generator=g) < 0.5
-        dropped = torch.rand(cfg.batch_size, generator=g) < cfg.label_dropout
+        sigma = torch.exp(cfg.p_mean + cfg.p_std * torch.randn(cfg.batch_size, generator=g))[self.share]
+        flip = torch.rand(cfg.batch_size, generator=g)[self.share].numpy() < 0.5 * cfg.hflip
+        dropped = torch.rand(cfg.batch_size, generator=g)[self.share] < cfg.label_dropout
         visible = sample_visible(cfg.batch_size, config.grid, cfg.mask_ratio, cfg.mask_type,
                                  cfg.block_size, generator=g)
         positions = range(step * cfg.batch_size, (step + 1) * cfg.batch_size)[self.share]
         index = np.array([self.order(q // n)[q % n] for q in positions])
-        flip = flip[self.share].numpy() & cfg.hflip
-        where = np.arange(config.grid**2)[None].repeat(len(index), axis=0)
-        if visible is not None:
+        if visible is None:
+            shown = np.arange(config.grid**2)[None].repeat(len(index), axis=0)
+        else:
             visible = visible[self.share]
-            where = visible.numpy()
-        patches = torch.from_numpy(gather_patches(self.images, index, where, config.patch_size, flip))
+            shown = visible.numpy()
+        clean = torch.from_numpy(gather_patches(self.images, index, shown, config.patch_size, flip))
         labels = None
         if config.num_classes:
             labels = torch.from_numpy(self.labels[index].astype(np.int64))
-            labels = torch.where(dropped[self.share], config.num_classes, labels)
-        sigma = ln_sigma[self.share].exp()
-        return dict(step=step, index=index, patches=patches, visible=visible, sigma=sigma, labels=labels)
+            labels = torch.where(dropped, config.num_classes, labels)
 
-    def to_device(self, batch, device):
-        """Move a loaded batch, scale the patches to [-1, 1] and draw the noise on the device."""
-        def move(t):
-            if t is None:
-                return None
-            return t.pin_memory().to(device, non_blocking=True) if device == "cuda" else t.to(device)
+        clean, sigma, visible, labels = (self.move(t) for t in (clean, sigma, visible, labels))
+        clean = clean.float().div_(127.5).sub_(1) if clean.dtype == torch.uint8 else clean
+        g = torch.Generator(self.device).manual_seed(seed_of(cfg.seed, 2, step))
+        noise = torch.randn(cfg.batch_size, *clean.shape[1:], generator=g, device=self.device)
+        return dict(index=index, clean=clean, noise=noise[self.share], sigma=sigma, visible=visible,
+                    labels=labels)
 
-        patches, visible, sigma, labels = (move(batch[k]) for k in ("patches", "visible", "sigma", "labels"))
-        clean = patches.float() / 127.5 - 1 if patches.dtype == torch.uint8 else patches
-        g = torch.Generator(device).manual_seed(seed_of(self.cfg.seed, 2, batch["step"]))
-        noise = torch.randn(self.cfg.batch_size, *clean.shape[1:], generator=g, device=device)
-        return dict(clean=clean, noise=noise[self.share], sigma=sigma, visible=visible, labels=labels)
+    def move(self, t):
+        """To the device, without waiting for a GPU."""
+        if t is None or self.device == "cpu":
+            return t
+        return t.pin_memory().to(self.device, non_blocking=True) if self.device == "cuda" else t.to(self.device)
 
 
 def objective(model, config, clean, noise, sigma, visible, labels):
@@ -455,7 +458,7 @@ def main(argv=None):
                                         gradient_as_bucket_view=True, broadcast_buffers=False)
     dtype = pick_dtype(cfg.dtype, device)
     autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
-    stream = Stream(images, labels, cfg, config, rank, world)
+    stream = Stream(images, labels, cfg, config, device, rank, world)
     validation = validation_set(val_images, val_labels, config, cfg.seed)
 
     say("\n".join(f"{key:>14} = {value}" for key, value in asdict(cfg).items() if value is not None))
@@ -520,9 +523,9 @@ def main(argv=None):
     pending = loader.submit(stream.load, step) if step < cfg.steps else None
     stop = 0
     while step < cfg.steps and not stop:
-        loaded = pending.result()
+        batch = pending.result()
         pending = loader.submit(stream.load, step + 1)
-        batch = stream.to_device(loaded, device)
+        index = batch.pop("index")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
         loss = torch.zeros((), device=device)
@@ -544,9 +547,9 @@ def main(argv=None):
             bad = 0
         else:
             bad += 1
-            low, high = loaded["sigma"].min().item(), loaded["sigma"].max().item()
+            low, high = batch["sigma"].min().item(), batch["sigma"].max().item()
             log(event="skipped", loss=str(loss), grad_norm=str(norm), sigma=[low, high],
-                index=loaded["index"].tolist())
+                index=index.tolist())
             say(f"step {step}: loss {loss}, gradient norm {norm}, sigma {low:.3g} to {high:.3g}: skipped")
         optimizer.zero_grad(set_to_none=True)
         step, seen = step + 1, seen + cfg.batch_size

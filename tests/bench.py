@@ -117,11 +117,12 @@ def steps(case):
     denoiser, ema = model.Denoiser(config).to(DEVICE), model.Denoiser(config).to(DEVICE).requires_grad_(False)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4, fused=True)
     with tempfile.TemporaryDirectory() as folder:
-        stream = train.Stream(random_set(folder, 2048, case["size"]), None, cfg, config, 0, 1)
+        stream = train.Stream(random_set(folder, 2048, case["size"]), None, cfg, config, DEVICE)
         records, warm = [], 1
         for step in range(warm + case.get("repeats", 3)):
             t = [now()]
-            batch = stream.to_device(stream.load(step), DEVICE)
+            batch = stream.load(step)
+            del batch["index"]
             t.append(now())
             with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
                 loss = train.objective(denoiser, config, **batch).mean()
@@ -170,10 +171,10 @@ def data(case):
     config = model.ModelConfig(image_size=case["size"], **model.PRESETS["demo"])
     cfg = train.Config(batch_size=case["batch"], mask_ratio=case["ratio"], mask_type="patch")
     with tempfile.TemporaryDirectory() as folder:
-        stream = train.Stream(random_set(folder, 8192, case["size"]), None, cfg, config, 0, 1)
+        stream = train.Stream(random_set(folder, 8192, case["size"]), None, cfg, config, DEVICE)
         counter = iter(range(10**6))
         base = peak_memory()
-        seconds = clock(lambda: stream.to_device(stream.load(next(counter)), DEVICE), repeats=20, warm=3)
+        seconds = clock(lambda: stream.load(next(counter)), repeats=20, warm=3)
     return dict(images_per_s=case["batch"] / seconds, batch_ms=seconds * 1e3, grown_mb=(peak_memory() - base) / 1e6)
 
 

@@ -50,7 +50,7 @@ def test_gathered_patches_are_those_of_the_mirrored_image(flipped):
 def test_an_epoch_shows_every_image_once_in_an_order_of_its_own(dataset):
     images = np.load(dataset / "train.npy", mmap_mode="r")
     cfg, config = config_for()
-    stream = train.Stream(images, None, cfg, config, 0, 1)
+    stream = train.Stream(images, None, cfg, config)
     first = [i for step in (0, 1) for i in stream.load(step)["index"]]
     second = [i for step in (2, 3) for i in stream.load(step)["index"]]
     assert sorted(first) == sorted(second) == list(range(24)) and first != second
@@ -59,21 +59,20 @@ def test_an_epoch_shows_every_image_once_in_an_order_of_its_own(dataset):
 def test_a_step_of_the_stream_does_not_depend_on_the_steps_before(dataset):
     images = np.load(dataset / "train.npy", mmap_mode="r")
     cfg, config = config_for(mask_ratio=0.5, mask_type="patch")
-    walked = train.Stream(images, None, cfg, config, 0, 1)
+    walked = train.Stream(images, None, cfg, config)
     for step in range(6):
         batch = walked.load(step)
-    direct = train.Stream(images, None, cfg, config, 0, 1).load(5)
-    for key in ("patches", "visible", "sigma"):
+    direct = train.Stream(images, None, cfg, config).load(5)
+    for key in ("clean", "noise", "visible", "sigma"):
         assert torch.equal(batch[key], direct[key])
 
 
 def test_processes_share_one_global_batch(dataset):
     images = np.load(dataset / "train.npy", mmap_mode="r")
     cfg, config = config_for(mask_ratio=0.5, mask_type="patch")
-    whole = train.Stream(images, None, cfg, config, 0, 1)
-    whole = whole.to_device(whole.load(3), "cpu")
-    parts = [train.Stream(images, None, cfg, config, r, 3) for r in range(3)]
-    parts = [s.to_device(s.load(3), "cpu") for s in parts]
+    whole = train.Stream(images, None, cfg, config)
+    whole = whole.load(3)
+    parts = [train.Stream(images, None, cfg, config, "cpu", r, 3).load(3) for r in range(3)]
     for key in ("clean", "noise", "sigma", "visible"):
         assert torch.equal(torch.cat([p[key] for p in parts]), whole[key]), key
 
@@ -82,10 +81,8 @@ def test_the_stream_gives_the_visible_patches_scaled_to_one(dataset):
     images = np.load(dataset / "train.npy", mmap_mode="r")
     cfg, config = config_for(mask_ratio=0.5, mask_type="patch")
     cfg.hflip = False
-    stream = train.Stream(images, None, cfg, config, 0, 1)
-    loaded = stream.load(0)
-    batch = stream.to_device(loaded, "cpu")
-    whole = patchify(torch.from_numpy(images[loaded["index"]]), 4).float() / 255 * 2 - 1
+    batch = train.Stream(images, None, cfg, config).load(0)
+    whole = patchify(torch.from_numpy(images[batch["index"]]), 4).float() / 255 * 2 - 1
     expected = torch.stack([whole[b][batch["visible"][b]] for b in range(12)])
     assert torch.allclose(batch["clean"], expected, atol=1e-6)
 
@@ -95,7 +92,7 @@ def test_noise_levels_are_log_normal_and_labels_are_dropped_at_their_rate(labell
     cfg, _ = config_for()
     cfg.batch_size = 20_000
     config = ModelConfig(image_size=16, dim=32, depth=2, heads=2, num_classes=3)
-    batch = train.Stream(images, labels, cfg, config, 0, 1).load(0)
+    batch = train.Stream(images, labels, cfg, config).load(0)
     ln_sigma = batch["sigma"].log()
     assert abs(ln_sigma.mean() + 1.2) < 0.05 and abs(ln_sigma.std() - 1.2) < 0.05
     dropped = batch["labels"] == 3
