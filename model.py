@@ -34,6 +34,10 @@ class ModelConfig:
     sigma_data: float = 0.5  # standard deviation of the data (EDM table 1)
 
     def __post_init__(self):
+        for f in fields(self):
+            v, none = getattr(self, f.name), f.name == "num_classes"
+            if type(v) is not f.type or not (0 < v < 2**20 or none and v == 0):
+                sys.exit(f"{f.name} is {v!r}, expected one {f.type.__name__} above 0 and below 2^20")
         size, p = self.image_size, self.patch_size
         if size % p:
             fits = sorted(range(1, size + 1), key=lambda q: (size % q > 0, abs(q - p)))[:2]
@@ -328,14 +332,33 @@ def load_checkpoint(path):
     missing = [k for k in needed if not isinstance(checkpoint, dict) or k not in checkpoint]
     if missing:
         sys.exit(f"{path} is not a checkpoint of train.py: it has no {', '.join(missing)}")
+    try:
+        sound, reason = is_sound(checkpoint), "the weights or the step are not"
+    except (Exception, SystemExit) as e:  # the file may hold anything under these names
+        sound, reason = False, " ".join(f"{e}".split())[:200]
+    if not sound:
+        sys.exit(f"{path} is not what train.py writes ({reason}): give another checkpoint")
     return checkpoint
+
+
+def is_sound(checkpoint):
+    """Whether both sets of weights are finite and have the shapes that the architecture asks for."""
+    with torch.device("meta"):  # takes no memory, whatever size is claimed
+        right = {k: v.shape for k, v in Denoiser(stored_config(checkpoint)).state_dict().items()}
+    return type(checkpoint["step"]) is int and checkpoint["step"] >= 0 and all(
+        {k: v.shape for k, v in weights.items()} == right
+        and all(v.is_floating_point() and v.isfinite().all() for v in weights.values())
+        for weights in (checkpoint["model"], checkpoint["ema"]))
+
+
+def stored_config(checkpoint):
+    known = {f.name for f in fields(ModelConfig)}
+    return ModelConfig(**{k: v for k, v in checkpoint["architecture"].items() if k in known})
 
 
 def denoiser_from_checkpoint(checkpoint, weights="ema"):
     """Build the denoiser that a checkpoint describes, with its EMA or its raw weights."""
-    known = {f.name for f in fields(ModelConfig)}
-    config = ModelConfig(**{k: v for k, v in checkpoint["architecture"].items() if k in known})
-    denoiser = Denoiser(config)
+    denoiser = Denoiser(stored_config(checkpoint))
     denoiser.load_state_dict(checkpoint["ema" if weights == "ema" else "model"])
     return denoiser
 

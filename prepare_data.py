@@ -94,6 +94,7 @@ def open_dataset(folder, split="train"):
     for key, value in found.items():
         check(meta.get(key) == value, f"{key} is {meta.get(key)} in meta.json, {value} on disk")
     check(type(sigma) is float and 0 < sigma < math.inf, f"sigma_data is {sigma} in meta.json")
+    check(isinstance(meta.get("hash"), str) and "class_names" in meta, "meta.json is not complete")
     check((names is None) == (labels is None), "it has labels or class_names, but not both")
     if labels is not None:
         check(isinstance(names, list) and all(isinstance(n, str) for n in names),
@@ -108,7 +109,8 @@ def load_array(path):
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)[...]  # [...] fails on a renamed zip
     except Exception as error:  # noqa: BLE001 (a damaged header can raise nearly anything)
-        sys.exit(f"cannot read {path} ({error}): expected a complete .npy file of plain numbers")
+        why = " ".join(str(error).split())[:300]  # numpy's may run over several lines
+        sys.exit(f"cannot read {path} ({why}): expected a complete .npy file of plain numbers")
 
 
 # ---- Sources: a list of candidates and a way to load each.

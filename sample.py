@@ -260,14 +260,14 @@ def parse_labels(text, num_classes):
     return labels
 
 
-def pick_device(name):
-    """auto -> cuda, else mps, else cpu; exits if the device asked for is not there."""
+def pick_device(name, local_rank=0):
+    """auto -> cuda, else mps, else cpu, as a torch.device; exits if what was asked for is not there."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return next(d for d, available in here.items() if available)
+        name = next(d for d, available in here.items() if available)
     if not here[name]:
         sys.exit(f"--device {name} is not available here: use --device auto")
-    return name
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
 def main(argv=None):
@@ -292,9 +292,7 @@ def main(argv=None):
     if args.seed < 0:
         sys.exit(f"--seed is {args.seed}, expected 0 or more")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(args.device)
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     denoiser, checkpoint = load_denoiser(args.ckpt, args.weights, device)
     labels = parse_labels(args.labels, denoiser.config.num_classes)
     if args.cfg_scale != 1 and not denoiser.config.num_classes:

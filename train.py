@@ -131,11 +131,11 @@ def resolve(given, previous, device):
     """Config from the flags given, then the run taken up (`previous`), then the defaults."""
     cfg = Config(**(previous | given))
     stage = 1 if cfg.mask_ratio > 0 else 2
-    for name, value in DEFAULTS["cpu" if device == "cpu" else "gpu", stage].items():
+    for name, value in DEFAULTS["cpu" if device.type == "cpu" else "gpu", stage].items():
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
     if cfg.compile is None:
-        cfg.compile = device == "cuda"
+        cfg.compile = device.type == "cuda"
     return cfg
 
 
@@ -184,7 +184,7 @@ class Stream:
     q // len(images), so that any step can be loaded at once.
     """
 
-    def __init__(self, images, labels, cfg, config, device="cpu", rank=0, world=1):
+    def __init__(self, images, labels, cfg, config, device=torch.device("cpu"), rank=0, world=1):
         self.images, self.labels, self.cfg, self.config, self.device = images, labels, cfg, config, device
         self.share = slice(rank * cfg.batch_size // world, (rank + 1) * cfg.batch_size // world)
         self.epochs = {}
@@ -232,9 +232,9 @@ class Stream:
 
     def move(self, t):
         """To the device, without waiting for a GPU."""
-        if t is None or self.device == "cpu":
+        if t is None or self.device.type == "cpu":
             return t
-        return t.pin_memory().to(self.device, non_blocking=True) if self.device == "cuda" else t.to(self.device)
+        return (t.pin_memory() if self.device.type == "cuda" else t).to(self.device, non_blocking=True)
 
 
 def objective(model, config, clean, noise, sigma, visible, labels):
@@ -270,7 +270,7 @@ def validate(model, config, data, autocast, device, rank, world, batch=64):
         with autocast:
             total += objective(model, config, visible=None, **part).sum().double().cpu()
     if world > 1:
-        total = total.to(device).float() if device == "mps" else total.to(device)
+        total = total.to(device)
         dist.all_reduce(total)
     return total.item() / len(data["clean"])
 
@@ -348,11 +348,11 @@ def pick_dtype(name, device):
     """auto: bfloat16 where the processor multiplies in it, else float32."""
     if name != "auto":
         return getattr(torch, name)
-    if device == "cuda":
+    if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        fast = device == "cpu" and probe()
+        fast = device.type == "cpu" and probe()
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -379,7 +379,7 @@ def main(argv=None):
     given = parse_flags(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
-    device = sample.pick_device(given.get("device", "auto"))
+    device = sample.pick_device(given.get("device", "auto"), local)
 
     def say(text):
         if rank == 0:
@@ -393,11 +393,11 @@ def main(argv=None):
         start = load_checkpoint(given["init_from"])
     cfg = resolve(given, previous, device)
     check(cfg)
-    if device == "cuda":
-        torch.cuda.set_device(local)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=20))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=20))
     if rank == 0 and cfg.data == Config.data and not os.path.exists(cfg.data):
         say(f"{cfg.data} is missing: making the built-in faces")
         prepare(None, cfg.data)
@@ -454,10 +454,10 @@ def main(argv=None):
         denoiser.compile()
     model = denoiser
     if world > 1:
-        model = DistributedDataParallel(denoiser, device_ids=[local] if device == "cuda" else None,
+        model = DistributedDataParallel(denoiser, device_ids=[device] if device.type == "cuda" else None,
                                         gradient_as_bucket_view=True, broadcast_buffers=False)
     dtype = pick_dtype(cfg.dtype, device)
-    autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     stream = Stream(images, labels, cfg, config, device, rank, world)
     validation = validation_set(val_images, val_labels, config, cfg.seed)
 
@@ -519,7 +519,9 @@ def main(argv=None):
     bar = tqdm(total=cfg.steps, initial=step, desc=name, disable=rank > 0, unit="step")
     started = saved = time.time()
     first, seen, bad = step, 0, 0
-    loader = ThreadPoolExecutor(1)  # loads the next batch while this one is computed
+    # Makes the next batch while this one is computed; a thread has a current GPU of its own.
+    loader = ThreadPoolExecutor(1, initializer=torch.cuda.set_device if device.type == "cuda" else None,
+                                initargs=(device,) if device.type == "cuda" else ())
     pending = loader.submit(stream.load, step) if step < cfg.steps else None
     stop = 0
     while step < cfg.steps and not stop:

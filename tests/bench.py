@@ -30,8 +30,8 @@ import prepare_data
 import sample
 import train
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = DEVICE == "cpu"  # batches that two cores finish in minutes
+DEVICE = sample.pick_device("auto")
+SMALL = DEVICE.type == "cpu"  # batches that two cores finish in minutes
 
 
 def clock(work, repeats=5, warm=1):
@@ -45,14 +45,14 @@ def clock(work, repeats=5, warm=1):
 
 
 def now():
-    if DEVICE == "cuda":
+    if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def peak_memory():
     """Largest memory of this process so far, in bytes (on a GPU: of its allocator)."""
-    if DEVICE == "cuda":
+    if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -124,7 +124,7 @@ def steps(case):
             batch = stream.load(step)
             del batch["index"]
             t.append(now())
-            with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+            with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
                 loss = train.objective(denoiser, config, **batch).mean()
             t.append(now())
             loss.backward()

@@ -72,7 +72,7 @@ def test_processes_share_one_global_batch(dataset):
     cfg, config = config_for(mask_ratio=0.5, mask_type="patch")
     whole = train.Stream(images, None, cfg, config)
     whole = whole.load(3)
-    parts = [train.Stream(images, None, cfg, config, "cpu", r, 3).load(3) for r in range(3)]
+    parts = [train.Stream(images, None, cfg, config, torch.device("cpu"), r, 3).load(3) for r in range(3)]
     for key in ("clean", "noise", "sigma", "visible"):
         assert torch.equal(torch.cat([p[key] for p in parts]), whole[key]), key
 
