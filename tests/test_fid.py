@@ -1,0 +1,579 @@
+"""fid.py: the network, the arithmetic of the distances, the protocol, and what users get wrong."""
+
+import hashlib
+import json
+import os
+import shutil
+from decimal import Decimal, getcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from conftest import make_dataset, mistake, run
+from PIL import Image
+
+import fid
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+
+
+class Pooled(torch.nn.Module):
+    """A feature network for tests: 2 x 2 average colours, 12 features of any image."""
+
+    def __init__(self, factor: float = 1.0):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        x = torch.nn.functional.adaptive_avg_pool2d(x.float(), [2, 2])
+        return x.flatten(1) * self.factor
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("net") / "pooled.pt")
+    torch.jit.save(torch.jit.script(Pooled()), path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def hub(tmp_path, monkeypatch):
+    """An empty torch hub cache."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def images(n=24, size=16, seed=0, channels=3):
+    coarse = np.random.default_rng(seed).integers(0, 256, (n, size // 4, size // 4, channels))
+    return coarse.repeat(4, 1).repeat(4, 2).astype(np.uint8)
+
+
+def npz(path, array):
+    np.savez(path, arr_0=array)
+    return str(path)
+
+
+def folder(path, array):
+    path.mkdir()
+    for i, image in enumerate(array):
+        Image.fromarray(image.squeeze()).save(path / f"{i:04d}.png")
+    return str(path)
+
+
+def features(array):
+    """What Pooled makes of images, in numpy."""
+    n, h, w, c = array.shape
+    cells = array.reshape(n, 2, h // 2, 2, w // 2, c).astype(np.float64).mean((2, 4))
+    return cells.transpose(0, 3, 1, 2).reshape(n, -1)
+
+
+@pytest.fixture
+def measure(capsys):
+    """main() with --json: the parsed last line of stdout, which is the only one."""
+
+    def call(*args):
+        fid.main([*map(str, args), "--json", "--device=cpu"])
+        (line,) = capsys.readouterr().out.splitlines()
+        return json.loads(line)
+
+    return call
+
+
+# ---------------------------------------------------------------------------------------------
+# The network.
+
+
+@pytest.fixture(scope="module")
+def inception():
+    network = fid.Inception().eval().requires_grad_(False)
+    return network, fid.random_weights(network)
+
+
+def test_inception_has_the_keys_and_the_number_of_values_of_the_public_file(inception):
+    state = inception[0].state_dict()
+    learnt = [v.numel() for k, v in state.items() if "running" not in k and "tracked" not in k]
+    assert sum(learnt) == 23_850_960
+    assert sum(v.numel() for k, v in state.items() if "running" in k) == 34_432
+    assert len(state) == 566  # 94 convolutions, each with 5 entries of batch norm, and fc
+    parts = ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.num_batches_tracked")
+    shapes = {
+        "Conv2d_1a_3x3": (32, 3, 3, 3),
+        "Mixed_5b.branch5x5_2": (64, 48, 5, 5),
+        "Mixed_5d.branch_pool": (64, 288, 1, 1),
+        "Mixed_6a.branch3x3": (384, 288, 3, 3),
+        "Mixed_6a.branch3x3dbl_3": (96, 96, 3, 3),
+        "Mixed_6b.branch7x7dbl_2": (128, 128, 7, 1),
+        "Mixed_6e.branch7x7_2": (192, 192, 1, 7),
+        "Mixed_7a.branch7x7x3_4": (192, 192, 3, 3),
+        "Mixed_7b.branch3x3_2a": (384, 384, 1, 3),
+        "Mixed_7c.branch3x3dbl_3b": (384, 384, 3, 1),
+        "Mixed_7c.branch3x3dbl_1": (448, 2048, 1, 1),
+        "Mixed_7c.branch_pool": (192, 2048, 1, 1),
+    }
+    for key, shape in shapes.items():
+        assert state[f"{key}.conv.weight"].shape == shape, key
+        assert all(f"{key}.{part}" in state for part in parts)
+    assert state["fc.weight"].shape == (1008, 2048)
+
+
+def test_inception_layers_have_the_shapes_of_the_paper():
+    network, seen = fid.Inception().to("meta"), {}
+    for key, layer in network.named_children():
+        layer.register_forward_hook(lambda m, x, y, key=key: seen.update({key: tuple(y.shape[1:])}))
+    y = network(torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device="meta"))
+    assert y.shape == (2, 2048)
+    assert list(seen.values()) == [
+        (32, 149, 149), (32, 147, 147), (64, 147, 147), (80, 73, 73), (192, 71, 71),
+        (256, 35, 35), (288, 35, 35), (288, 35, 35),
+        (768, 17, 17), (768, 17, 17), (768, 17, 17), (768, 17, 17), (768, 17, 17),
+        (1280, 8, 8), (2048, 8, 8), (2048, 8, 8)]  # fmt: skip
+    assert list(seen)[5:] == [
+        f"Mixed_{stage}{k}" for stage, ks in ((5, "bcd"), (6, "abcde"), (7, "abc")) for k in ks
+    ]
+
+
+def test_average_pools_leave_padding_out_and_the_last_block_takes_the_maximum(inception):
+    x = torch.arange(1.0, 10).reshape(1, 1, 3, 3)
+    expected = torch.tensor([[3, 3.5, 4], [4.5, 5, 5.5], [6, 6.5, 7]])  # corner: mean of 1 2 4 5
+    highest = torch.tensor([[5.0, 6, 6], [8, 9, 9], [8, 9, 9]])
+    for pool, pooled in ((fid.avg_pool, expected), (fid.max_pool, highest)):
+        block = fid.Mixed(1, pool, "1x1 1@1, _pool 1@1").eval().requires_grad_(False)
+        block.branch1x1.conv.weight.fill_(1.001**0.5)  # cancels batch norm's epsilon
+        block.branch_pool.conv.weight.fill_(1.001**0.5)
+        torch.testing.assert_close(block(x)[0], torch.stack([x[0, 0], pooled]))
+    halved = fid.Mixed(1, fid.halve, "3x3 2@3/2").eval()(x)
+    assert halved.shape == (1, 3, 1, 1) and halved[0, 2, 0, 0] == 9  # pooled input comes last
+    blocks = [layer for layer in inception[0].children() if isinstance(layer, fid.Mixed)]
+    a, m, h = fid.avg_pool, fid.max_pool, fid.halve
+    assert [block.pool for block in blocks] == [a, a, a, h, a, a, a, a, h, a, m]
+
+
+def test_random_weights_are_he_normal_from_pcg64_and_keep_the_scale(inception):
+    network, digest = inception
+    draw = np.random.Generator(np.random.PCG64(0)).standard_normal((32, 3, 3, 3), np.float32)
+    first = network.Conv2d_1a_3x3.conv.weight.numpy()
+    np.testing.assert_allclose(first, draw * (2 / 27) ** 0.5, rtol=1e-6)
+    for m in network.modules():
+        if isinstance(m, torch.nn.Conv2d) and m.weight.numel() > 1e5:
+            assert m.weight.var().item() * m.weight[0].numel() == pytest.approx(2, rel=0.03)
+    weights = [m.weight.numpy() for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert digest == hashlib.sha256(b"".join(w.tobytes() for w in weights)).hexdigest()
+
+
+def test_folded_network_equals_the_plain_one_alone_and_in_a_batch(inception):
+    x = torch.from_numpy(images(2, 32)).permute(0, 3, 1, 2)
+    plain = inception[0](x)
+    settings = SimpleNamespace(features="random", weights=None, device="cpu", dtype="float32")
+    with torch.no_grad():
+        folded = fid.load_features(settings)
+        both, alone = folded(x), folded(x[:1])
+    torch.testing.assert_close(both, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+    torch.testing.assert_close(alone, both[:1], rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+    assert folded.identity == f"random_fd {inception[1]}"
+    assert 0.01 < plain.std() < 100 and plain.std(0).mean() > 1e-3
+
+
+def test_any_file_with_the_right_keys_is_loaded_and_its_hash_told(inception, tmp_path):
+    path = tmp_path / "weights.pth"
+    state = inception[0].state_dict()
+    torch.save(state, path)
+    settings = SimpleNamespace(
+        features="inception", weights=str(path), device="cpu", dtype="float32"
+    )
+    assert (
+        fid.load_features(settings).identity
+        == f"fid {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    )
+    state["extra.weight"] = state.pop("Mixed_7c.branch_pool.bn.weight")
+    torch.save(state, path)
+    with pytest.raises(SystemExit, match="Mixed_7c.branch_pool.bn.weight"):
+        fid.load_features(settings)
+
+
+def test_a_download_with_another_hash_leaves_nothing(inception, tmp_path, hub, monkeypatch):
+    release = tmp_path / "release.pth"
+    torch.save(inception[0].state_dict(), release)
+    monkeypatch.setattr(fid, "WEIGHTS_URL", release.as_uri())
+    settings = SimpleNamespace(features="inception", weights=None, device="cpu", dtype="float32")
+    with pytest.raises(SystemExit, match="hash"):
+        fid.load_features(settings)
+    assert list((hub / "hub" / "checkpoints").iterdir()) == []
+    monkeypatch.setattr(fid, "WEIGHTS_SHA256", fid.sha256(str(release)))
+    fid.load_features(settings)
+    assert (hub / "hub" / "checkpoints" / "release.pth").read_bytes() == release.read_bytes()
+    release.unlink()  # from now on the cache serves
+    fid.load_features(settings)
+
+
+def test_without_network_and_file_one_sentence_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "WEIGHTS_URL", (tmp_path / "absent.pth").as_uri())
+    a = npz(tmp_path / "a.npz", images())
+    sentence = mistake(fid.main, a, a)
+    assert "--features random" in sentence and "--weights" in sentence and "absent.pth" in sentence
+
+
+# ---------------------------------------------------------------------------------------------
+# Distances.
+
+
+def hadamard(d):
+    """Orthogonal, with entries +-2^-k: rotating dyadic numbers by it rounds nothing."""
+    return scipy.linalg.hadamard(d) / d**0.5
+
+
+def test_frechet_distance_of_commuting_gaussians_is_the_closed_form():
+    q, k = hadamard(64), np.arange(64)
+    for l1, l2 in (
+        (1 + k % 5, 2.0 ** (k % 3)),
+        (2.0 ** -(k % 36), 2.0 ** -(2 * k % 38)),  # condition 2^38: ill-conditioned, still exact
+        (np.where(k < 20, 1 + k, 0), np.where(k % 2, 4.0, 0)),  # singular, partly overlapping
+        (np.where(k < 32, 1.0, 0), np.where(k < 32, 0, 3.0)),  # orthogonal supports
+    ):
+        s1, s2 = q @ np.diag(np.float64(l1)) @ q.T, q @ np.diag(np.float64(l2)) @ q.T
+        mu1, mu2 = np.full(64, 0.5), np.full(64, 0.25)
+        exact = 64 / 16 + np.sum(l1) + np.sum(l2) - 2 * np.sum(np.sqrt(np.float64(l1) * l2))
+        assert fid.frechet_distance(mu1, s1, mu2, s2) == pytest.approx(exact, rel=1e-9)
+        assert fid.frechet_distance(mu2, s2, mu1, s1) == pytest.approx(exact, rel=1e-9)
+
+
+def test_frechet_distance_of_ill_conditioned_covariances_agrees_with_fifty_digits():
+    getcontext().prec = 50
+    q, rng = hadamard(16), np.random.default_rng(0)
+    blocks, cross = ([], []), Decimal(0)
+    for i in range(8):  # 2 x 2 blocks that do not commute; tr sqrt(M) = sqrt(tr M + 2 sqrt(det M))
+        a, b = (np.tril(rng.integers(1, 64, (2, 2))) / 64.0 * 2.0 ** -(j * i) for j in (1, 2))
+        a, b = a @ a.T, b.T @ b
+        blocks[0].append(a), blocks[1].append(b)
+        (a1, a2, a3, a4), (b1, b2, b3, b4) = ([Decimal(v) for v in m.flat] for m in (a, b))
+        trace = a1 * b1 + a2 * b3 + a3 * b2 + a4 * b4
+        cross += (trace + 2 * ((a1 * a4 - a2 * a3) * (b1 * b4 - b2 * b3)).sqrt()).sqrt()
+    s1, s2 = (scipy.linalg.block_diag(*m) for m in blocks)
+    exact = Decimal(s1.trace()) + Decimal(s2.trace()) - 2 * cross
+    found = fid.frechet_distance(np.zeros(16), q @ s1 @ q.T, np.zeros(16), q @ s2 @ q.T)
+    assert np.linalg.cond(s1) > 1e5 and np.linalg.cond(s2) > 1e8
+    assert found == pytest.approx(float(exact), rel=1e-9)
+
+
+def test_frechet_distance_with_fewer_samples_than_dimensions_is_a_nuclear_norm():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((20, 96)), rng.standard_normal((31, 96)) * 2 + 1
+    cx, cy = x - x.mean(0), y - y.mean(0)
+    cross = np.linalg.norm(cx @ cy.T, "nuc") / (19 * 30) ** 0.5  # no covariance is formed
+    exact = (
+        ((x.mean(0) - y.mean(0)) ** 2).sum() + (cx**2).sum() / 19 + (cy**2).sum() / 30 - 2 * cross
+    )
+    found = fid.frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
+    assert found == pytest.approx(exact, rel=1e-9)
+
+
+def test_frechet_distance_agrees_with_the_matrix_square_root_of_scipy():
+    rng = np.random.default_rng(1)
+    x, y = (
+        rng.standard_normal((400, 40)),
+        rng.standard_normal((400, 40)) @ rng.standard_normal((40, 40)),
+    )
+    s1, s2 = np.cov(x.T), np.cov(y.T)
+    root = scipy.linalg.sqrtm(s1 @ s2).real
+    exact = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * root)
+    assert fid.frechet_distance(x.mean(0), s1, y.mean(0), s2) == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [2, 30, 400])
+def test_frechet_distance_of_a_gaussian_to_itself_is_zero(n):
+    x = np.random.default_rng(2).standard_normal((n, 64)) @ np.diag(2.0 ** -np.arange(64))
+    s = np.cov(x.T)
+    assert abs(fid.frechet_distance(x[0], s, x[0], s)) < 1e-9 * np.trace(s)
+
+
+def test_frechet_distance_of_points_is_the_distance_of_means():
+    zero = np.zeros((3, 3))
+    assert fid.frechet_distance(np.ones(3), zero, np.zeros(3), zero) == 3
+
+
+def test_merged_moments_are_exact_where_raw_sums_of_squares_fail():
+    small = np.random.default_rng(0).integers(-50, 50, (5000, 6)).astype(np.float64)
+    exact = np.cov(small.T)  # of small integers
+    total, raw = None, [np.zeros(6), np.zeros((6, 6))]
+    for part in np.array_split(small + 1e9, 137):
+        x = torch.from_numpy(part)
+        mean = x.mean(0)
+        total = fid.merge(total, (len(x), mean, (x - mean).T @ (x - mean)))
+        raw = [raw[0] + part.sum(0), raw[1] + part.T @ part]
+    np.testing.assert_allclose(total[2].numpy() / 4999, exact, rtol=1e-6, atol=1e-6 * exact.max())
+    np.testing.assert_allclose(total[1].numpy(), 1e9 + small.mean(0), rtol=1e-14)
+    naive = (raw[1] - np.outer(raw[0], raw[0]) / 5000) / 4999
+    assert np.abs(naive - exact).max() > 0.1 * exact.max()
+
+
+def test_kid_is_the_double_loop_over_pairs():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((9, 5)), rng.standard_normal((7, 5)) + 0.5
+
+    def loop(x, y):
+        def kernel(a, b):
+            return (sum(u * v for u, v in zip(a, b)) / len(a) + 1) ** 3
+
+        m, n = len(x), len(y)
+        xx = sum(kernel(x[i], x[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+        yy = sum(kernel(y[i], y[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+        return xx + yy - 2 * sum(kernel(a, b) for a in x for b in y) / (m * n)
+
+    tx, ty = torch.from_numpy(x), torch.from_numpy(y)
+    assert fid.mmd(tx, ty) == pytest.approx(loop(x, y), rel=1e-12)
+    assert fid.kid(ty, tx[:7])["kid"] == pytest.approx(loop(y, x[:7]), rel=1e-12)  # subsets of all
+    found, draw = fid.kid(tx, ty, subsets=4, size=3, seed=5), np.random.default_rng(5)
+    loops = [loop(x[draw.choice(9, 3, replace=False)], y[draw.choice(7, 3, replace=False)])
+             for _ in range(4)]  # fmt: skip
+    assert found["kid"] == pytest.approx(np.mean(loops), rel=1e-12)
+    assert found["kid_se"] == pytest.approx(np.std(loops, ddof=1) / 2, rel=1e-9)
+
+
+def test_precision_and_recall_are_those_of_a_brute_force_search():
+    rng = np.random.default_rng(0)
+    real, fake = rng.standard_normal((40, 3)), rng.standard_normal((25, 3)) * 0.6 + 0.7
+
+    def share(of, within, k=3):
+        hits = 0
+        for a in of:
+            for i, b in enumerate(within):
+                others = sorted(np.linalg.norm(b - c) for j, c in enumerate(within) if j != i)
+                if np.linalg.norm(a - b) <= others[k - 1]:
+                    hits += 1
+                    break
+        return hits / len(of)
+
+    found = fid.precision_recall(torch.from_numpy(real), torch.from_numpy(fake))
+    assert found == {"precision": share(fake, real), "recall": share(real, fake)}
+    assert 0.2 < found["recall"] < found["precision"]
+
+
+# ---------------------------------------------------------------------------------------------
+# The command.
+
+
+def test_figures_do_not_depend_on_batch_size_order_or_processes(measure, net, tmp_path):
+    x, y = images(23, seed=1), images(19, seed=2)
+    a, b = npz(tmp_path / "a.npz", x), npz(tmp_path / "b.npz", y)
+    fx, fy = features(x), features(y)
+    scale = np.trace(np.cov(fx.T)) + np.trace(np.cov(fy.T))
+    exact = fid.frechet_distance(fx.mean(0), np.cov(fx.T), fy.mean(0), np.cov(fy.T))
+    settings = ["--features", net, "--metrics=fid,kid,pr"]
+    found = [measure(a, b, *settings, f"--batch_size={size}") for size in (1, 7, 64)]
+    found.append(
+        measure(npz(tmp_path / "r.npz", x[::-1]), npz(tmp_path / "s.npz", y[::-1]), *settings)
+    )
+    two = run("fid.py", a, b, *settings, "--json", "--device=cpu", processes=2)
+    assert two.returncode == 0, two.stderr
+    found.append(json.loads(two.stdout.splitlines()[-1]))
+    for result in found:
+        assert (result["a"]["n"], result["b"]["n"]) == (23, 19)  # the last partial batch counts
+        assert abs(result["fd"] - exact) < 1e-5 * scale
+        assert (result["precision"], result["recall"]) == (
+            found[0]["precision"],
+            found[0]["recall"],
+        )
+    for result in (*found[:3], found[4]):
+        assert result["kid"] == pytest.approx(found[0]["kid"], rel=1e-5)
+
+
+def test_every_kind_of_source_gives_the_same_features(measure, net, tmp_path):
+    data = make_dataset(tmp_path / "set", n=12)
+    x = np.load(data / "train.npy")
+    as_folder = folder(tmp_path / "images", x)
+    as_zip = shutil.make_archive(str(tmp_path / "zipped"), "zip", as_folder)
+    for source in (as_folder, as_zip, npz(tmp_path / "x.npz", x)):
+        result = measure(data, source, "--features", net)
+        assert abs(result["fd"]) < 1e-6 and result["b"]["n"] == 12
+        assert result["b"]["image_size"] == "16x16"
+    assert result["a"]["kind"] == "prepared" and result["a"]["data_hash"] == "test-0"
+    assert measure(data, as_folder, "--features", net, "--num=5")["b"]["n"] == 5
+    assert measure(data, data, "--features", net, "--split=val")["a"]["n"] == 8
+
+
+def test_greyscale_is_rgb_with_equal_channels(measure, net, tmp_path):
+    grey = images(10, channels=1)
+    a = folder(tmp_path / "grey", grey)
+    result = measure(a, npz(tmp_path / "rgb.npz", grey.repeat(3, axis=3)), "--features", net)
+    assert abs(result["fd"]) < 1e-6
+    prepared = make_dataset(tmp_path / "set", n=10, channels=1)
+    x = np.load(prepared / "train.npy").repeat(3, axis=3)
+    assert abs(measure(prepared, npz(tmp_path / "x.npz", x), "--features", net)["fd"]) < 1e-6
+
+
+def test_images_of_several_sizes_are_all_measured(measure, net, tmp_path):
+    a = folder(tmp_path / "mixed", [*images(5), *images(4, 32), *images(3)])
+    result = measure(a, a, "--features", net, "--batch_size=2")
+    assert (result["a"]["n"], result["a"]["image_size"]) == (12, "16x16, 32x32")
+
+
+def test_random_features_are_never_called_fid(measure, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "frechet_distance", lambda *gaussians: 1.5)  # spares 2048 dimensions
+    a, b = npz(tmp_path / "a.npz", images(2)), npz(tmp_path / "b.npz", images(2, seed=1))
+    result = measure(a, b, "--features=random")
+    assert "fid" not in result and result["random_fd"] == 1.5
+    assert result["features"] == "random-feature FD" and result["dims"] == 2048
+    assert "bilinear" in result["resize"] and len(result["weights_sha256"]) == 64
+    assert len(result["warnings"]) == 2  # both have fewer than 2,048 images
+    fid.main([a, b, "--features=random", "--device=cpu"])  # statistics come from the cache now
+    out, err = capsys.readouterr()
+    assert out == "random-feature FD 1.5\n"
+    assert "weights_sha256" in err and "FID" not in out
+
+
+def test_saved_statistics_have_the_common_layout_and_replace_the_images(measure, net, tmp_path):
+    x, b = images(), npz(tmp_path / "b.npz", images(seed=1))
+    a, stats = npz(tmp_path / "a.npz", x), tmp_path / "stats.npz"
+    assert "fd" not in measure(a, "--stats", stats, "--features", net)
+    with np.load(stats, allow_pickle=False) as f:
+        assert f["mu"].dtype == f["sigma"].dtype == np.float64
+        np.testing.assert_allclose(f["mu"], features(x).mean(0), rtol=1e-6)
+        np.testing.assert_allclose(f["sigma"], np.cov(features(x).T), rtol=1e-5, atol=1e-3)
+        mu, sigma = f["mu"], f["sigma"]
+    expected = measure(a, b, "--features", net)["fd"]
+    assert measure(stats, b, "--features", net)["fd"] == pytest.approx(expected, rel=1e-9)
+    np.savez(tmp_path / "foreign.npz", mu=mu, sigma=sigma)
+    assert measure(tmp_path / "foreign.npz", b, "--features", net)["fd"] == pytest.approx(
+        expected, rel=1e-9
+    )
+    assert [p.name for p in tmp_path.glob("tmp*")] == []
+
+
+def test_two_files_of_statistics_need_no_network(measure, tmp_path):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(tmp_path / "b.npz", mu=np.ones(3), sigma=4 * np.eye(3))
+    assert measure(tmp_path / "a.npz", tmp_path / "b.npz")["fid"] == pytest.approx(6, rel=1e-12)
+
+
+def test_cached_statistics_serve_only_what_made_them(measure, net, tmp_path, hub, monkeypatch):
+    data, b = make_dataset(tmp_path / "set"), npz(tmp_path / "b.npz", images(seed=1))
+    calls, real = [], fid.measure
+    monkeypatch.setattr(fid, "measure", lambda s, *rest: (calls.append(s.path), real(s, *rest)))
+
+    def measured(*args):
+        calls.clear()
+        return measure(data, b, "--features", net, *args)["fd"], list(calls)
+
+    first, both = measured()
+    assert both == [str(data), b]
+    assert measured() == (pytest.approx(first), [])
+    assert measured("--no-cache") == (pytest.approx(first), both)
+    assert measured("--num=9")[1] == both
+    x = np.load(data / "train.npy")
+    x[0, 0, 0, 0] ^= 255
+    np.save(data / "train.npy", x)  # and meta.json keeps its old hash
+    assert measured()[1] == [str(data)]
+    other = str(tmp_path / "other.pt")
+    torch.jit.save(torch.jit.script(Pooled(2.0)), other)
+    calls.clear()
+    assert measure(data, b, "--features", other)["fd"] != pytest.approx(first) and calls == both
+    for file in (hub / "hub" / "fid_statistics").iterdir():
+        file.write_bytes(file.read_bytes()[:-100])  # damaged: measured again
+    assert measured()[1] == both
+
+
+def test_a_place_that_can_not_be_written_has_no_cache(measure, net, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+    a = npz(tmp_path / "a.npz", images())
+    assert abs(measure(a, a, "--features", net)["fd"]) < 1e-6
+
+
+def test_a_checkpoint_is_measured_by_its_samples(measure, net, tmp_path):
+    import model
+    import sample
+
+    torch.manual_seed(0)
+    config = model.ModelConfig(image_size=16, dim=32, depth=1, heads=2)
+    denoiser = model.Denoiser(config)
+    state, path = denoiser.state_dict(), str(tmp_path / "ft.pt")
+    architecture = model.architecture(config)
+    checkpoint = {
+        "model": state,
+        "ema": state,
+        "architecture": architecture,
+        "config": {},
+        "step": 7,
+    }
+    model.save_checkpoint(path, {**checkpoint, "run_id": "test"})
+    a = npz(tmp_path / "a.npz", images())
+    settings = ["--num=10", "--steps=2", "--sampler=euler", "--seed=3", "--batch_size=4"]
+    result = measure(a, path, "--features", net, *settings)
+    drawn = sample.generate(denoiser.eval(), range(10), seed=3, sampler="euler", steps=2)
+    drawn = npz(tmp_path / "drawn.npz", np.concatenate([x for _, x in drawn]))
+    expected = measure(a, drawn, "--features", net, "--num=10")
+    assert result["fd"] == pytest.approx(expected["fd"], rel=1e-3)
+    about = {"kind": "checkpoint", "n": 10, "step": 7, "weights": "ema", "seed": 3}
+    about |= {"sampler": "euler", "steps": 2, "cfg_scale": 1.0}
+    assert about.items() <= result["b"].items()
+
+
+# ---------------------------------------------------------------------------------------------
+# What users get wrong: one sentence each.
+
+
+class NotFinite(torch.nn.Module):
+    def forward(self, x):
+        return x.float().mean((2, 3)) / 0
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, ("exploded",))
+
+
+def bad_cases(tmp_path, net):
+    good = npz(tmp_path / "good.npz", images())
+    np.savez(tmp_path / "three.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(tmp_path / "square.npz", mu=np.zeros(3), sigma=np.eye(4))
+    np.savez(tmp_path / "nan.npz", mu=np.zeros(3), sigma=np.full((3, 3), np.nan))
+    np.savez(
+        tmp_path / "random.npz", mu=np.zeros(12), sigma=np.eye(12), net="random_fd " + 64 * "0", n=9
+    )
+    np.savez(tmp_path / "object.npz", mu=np.array([{}], dtype=object), sigma=np.eye(1))
+    np.savez(tmp_path / "floats.npz", arr_0=np.zeros((4, 8, 8, 3)))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:300])
+    (tmp_path / "empty").mkdir()
+    folder(tmp_path / "damaged", images(3))
+    (tmp_path / "damaged" / "0001.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
+    torch.jit.save(torch.jit.script(NotFinite()), str(tmp_path / "nan.pt"))
+    torch.save({"Conv2d_1a_3x3.conv.weight": torch.zeros(1)}, tmp_path / "short.pth")
+    (tmp_path / "noise.pth").write_bytes(bytes(range(256)) * 8)
+    torch.save({"bomb": Bomb()}, tmp_path / "bomb.pth")
+    latents = make_dataset(tmp_path / "latents", dtype=np.float32)
+    jit = ["--features", net]
+    return {
+        "no such source": ([good, tmp_path / "absent", *jit], "absent"),
+        "only one source": ([good], "--stats"),
+        "an empty folder": ([good, tmp_path / "empty", *jit], "0 images"),
+        "one image": ([good, npz(tmp_path / "one.npz", images(1)), *jit], "1 image:"),
+        "a damaged image": ([good, tmp_path / "damaged", *jit], "0001.png"),
+        "other dimensions": ([tmp_path / "three.npz", good, *jit], "differ"),
+        "another network": ([tmp_path / "random.npz", good, *jit], "differ"),
+        "sigma of another size": ([tmp_path / "square.npz", good, *jit], "(3,)"),
+        "NaN statistics": ([tmp_path / "nan.npz", good, *jit], "finite"),
+        "object arrays": ([tmp_path / "object.npz", good, *jit], "object.npz"),
+        "float images": ([good, tmp_path / "floats.npz", *jit], "floats.npz"),
+        "a cut npz": ([good, tmp_path / "cut.npz", *jit], "cut.npz"),
+        "latents": ([good, latents, *jit], "latents"),
+        "NaN features": ([good, good, "--features", tmp_path / "nan.pt"], "NaN"),
+        "no TorchScript": ([good, good, "--features", tmp_path / "noise.pth"], "noise.pth"),
+        "damaged weights": ([good, good, "--weights", tmp_path / "noise.pth"], "noise.pth"),
+        "other weights": ([good, good, "--weights", tmp_path / "short.pth"], "short.pth"),
+        "a pickle bomb": ([good, good, "--weights", tmp_path / "bomb.pth"], "bomb.pth"),
+        "a broken checkpoint": ([good, tmp_path / "noise.pth", *jit], "noise.pth"),
+        "kid of statistics": ([tmp_path / "three.npz", good, "--metrics=kid", *jit], "images"),
+        "an unknown metric": ([good, good, "--metrics=fid,isc"], "pr"),
+        "a mistyped flag": ([good, good, "--metric=fid"], "--metrics"),
+        "no batch": ([good, good, "--batch_size=0"], "--batch_size"),
+        "superfluous weights": ([good, good, "--features=random", "--weights=x"], "--weights"),
+        "another suffix": ([good, "--stats", tmp_path / "stats.txt"], ".npz"),
+    }  # fmt: skip
+
+
+def test_mistakes_end_in_one_sentence(tmp_path, net, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for case, (args, words) in bad_cases(tmp_path, net).items():
+        assert words in mistake(fid.main, *args), case
+    assert not (tmp_path / "exploded").exists() and not list(tmp_path.glob("*.tmp"))
