@@ -69,6 +69,16 @@ def token_flops(config, tokens, images):
     return 3 * per_token * tokens
 
 
+def products_share(work, dtype):
+    """Share of the time of forward and backward that goes into matrix products, by the profiler."""
+    with torch.profiler.profile() as p, torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+        work()
+    times = {e.key: e.self_cpu_time_total if DEVICE.type == "cpu" else e.self_device_time_total
+             for e in p.key_averages()}
+    products = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+    return sum(times.get(key, 0) for key in products) / sum(times.values())
+
+
 def random_set(folder, n, size, channels=3):
     """A prepared set of noise; big enough sets do not fit the processor's caches."""
     rng = np.random.default_rng(0)
@@ -137,6 +147,8 @@ def steps(case):
             optimizer.zero_grad(set_to_none=True)
             t.append(now())
             records.append([b - a for a, b in zip(t, t[1:])])
+        memory = peak_memory() / 1e9
+        outside = 1 - products_share(lambda: train.objective(denoiser, config, **batch).mean().backward(), dtype)
     parts = dict(zip(parts, (statistics.median(c) for c in zip(*records[warm:]))))
     total = sum(parts.values())
     k = model.count_visible(config.grid, case["ratio"])
@@ -144,7 +156,7 @@ def steps(case):
     bf16 = matmul_peak(torch.bfloat16)
     return dict(visible=k, step_ms=total * 1e3, images_per_s=case["batch"] / total,
                 tokens_per_s=case["batch"] * k / total, gflops=flops / total / 1e9,
-                mfu=flops / total / bf16, peak_gb=case.get("memory", peak_memory() / 1e9),
+                mfu=flops / total / bf16, outside_products=outside, peak_gb=memory,
                 **{f"{name}_ms": value * 1e3 for name, value in parts.items()})
 
 
