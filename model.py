@@ -333,7 +333,7 @@ def load_checkpoint(path):
     if missing:
         sys.exit(f"{path} is not a checkpoint of train.py: it has no {', '.join(missing)}")
     try:
-        sound, reason = is_sound(checkpoint), "the weights or the step are not"
+        sound, reason = is_sound(checkpoint), "weights, step or config"
     except (Exception, SystemExit) as e:  # the file may hold anything under these names
         sound, reason = False, " ".join(f"{e}".split())[:200]
     if not sound:
@@ -345,7 +345,8 @@ def is_sound(checkpoint):
     """Whether both sets of weights are finite and have the shapes that the architecture asks for."""
     with torch.device("meta"):  # takes no memory, whatever size is claimed
         right = {k: v.shape for k, v in Denoiser(stored_config(checkpoint)).state_dict().items()}
-    return type(checkpoint["step"]) is int and checkpoint["step"] >= 0 and all(
+    step, config = checkpoint["step"], checkpoint["config"]
+    return isinstance(config, dict) and type(step) is int and step >= 0 and all(
         {k: v.shape for k, v in weights.items()} == right
         and all(v.is_floating_point() and v.isfinite().all() for v in weights.values())
         for weights in (checkpoint["model"], checkpoint["ema"]))

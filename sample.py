@@ -319,7 +319,7 @@ def main(argv=None):
             save_grid(args.out, np.concatenate(chunks))
     else:
         describe = dict(settings, num=args.num, batch_size=args.batch_size, weights=args.weights,
-                        dtype=args.dtype, step=checkpoint["step"], run=checkpoint["run_id"])
+                        dtype=args.dtype, step=checkpoint["step"], run=checkpoint.get("run_id"))
         write_all(args.out, batches, args.num, args.batch_size, describe, rank, world)
     if rank == 0:
         print(f"wrote {args.out}", file=sys.stderr)

@@ -98,10 +98,10 @@ class Config:
 # Stage 1, stage 2, by machine. On a CPU both stages on the built-in faces take about ten minutes on
 # two cores; on a GPU these are MaskDM's settings at 64 px.
 DEFAULTS = {
-    ("cpu", 1): dict(preset="demo", batch_size=192, steps=1000, lr=2e-3, lr_schedule="constant",
-                     eval_every=250, sample_every=0, save_every=250),
-    ("cpu", 2): dict(preset="demo", batch_size=32, steps=1000, lr=2e-3, lr_schedule="cosine",
-                     eval_every=250, sample_every=500, save_every=250),
+    ("cpu", 1): dict(preset="demo", batch_size=48, steps=2500, lr=4e-3, lr_schedule="constant",
+                     eval_every=500, sample_every=0, save_every=500),
+    ("cpu", 2): dict(preset="demo", batch_size=16, steps=1500, lr=2e-3, lr_schedule="cosine",
+                     eval_every=500, sample_every=500, save_every=500),
     ("gpu", 1): dict(preset="maskdm-64", batch_size=256, steps=100_000, lr=2e-4,
                      lr_schedule="constant", eval_every=2000, sample_every=0, save_every=2000),
     ("gpu", 2): dict(preset="maskdm-64", batch_size=128, steps=100_000, lr=2e-4,
@@ -129,6 +129,11 @@ def parse_flags(argv):
 
 def resolve(given, previous, device):
     """Config from the flags given, then the run taken up (`previous`), then the defaults."""
+    kinds = {f.name: f.type for f in fields(Config)}
+    for key, value in previous.items():
+        if key not in kinds or not isinstance(value, kinds[key]):
+            sys.exit(f"the run has the setting {key} = {value!r}, which this train.py does not know: "
+                     "resume it with the version that made it")
     cfg = Config(**(previous | given))
     stage = 1 if cfg.mask_ratio > 0 else 2
     for name, value in DEFAULTS["cpu" if device.type == "cpu" else "gpu", stage].items():
@@ -408,7 +413,7 @@ def main(argv=None):
     images, labels, meta = open_dataset(cfg.data)
     val_images, val_labels, _ = open_dataset(cfg.data, "val")
     if start and not checkpoint and "class_cond" not in given and meta["class_names"]:
-        cfg.class_cond = start["config"]["class_cond"]  # conditional weights stay conditional
+        cfg.class_cond = start["architecture"]["num_classes"] > 0  # conditional weights stay conditional
     config = model_config(cfg, given, meta, start, checkpoint is not None)
     k = count_visible(config.grid, cfg.mask_ratio, cfg.mask_type, cfg.block_size)
     share = cfg.batch_size // world
@@ -434,12 +439,16 @@ def main(argv=None):
     path = path or os.path.join(cfg.out_dir, name + ".pt")
     if checkpoint:
         ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        step, run_id = checkpoint["step"], checkpoint["run_id"]
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except Exception as e:  # the file may hold anything under this name
+            sys.exit(f"{source} has no usable state of the optimizer ({type(e).__name__}): start another "
+                     f"run with --init_from={source}")
+        step, run_id = checkpoint["step"], checkpoint.get("run_id", run_id)
         for key in sorted(set(given) - {"resume"}):
             if previous.get(key) != given[key]:
                 say(f"changed: {key} was {previous.get(key)}, is {given[key]}")
-        if checkpoint["data_hash"] != meta["hash"]:
+        if checkpoint.get("data_hash") != meta["hash"]:
             say(f"changed: the images of {cfg.data} are not those that this run began with")
         if rank == 0 and source != path and os.path.exists(path):
             os.replace(path, path + ".broken")  # or it would become the *.prev.pt of the next save
