@@ -198,6 +198,8 @@ def load_stats(path):
         raise ValueError(f"mu {mu.shape} and sigma {sigma.shape}, expected finite (D,) and (D, D)")
     if not re.fullmatch(f"(({'|'.join(LABELS)}) [0-9a-f]+)?", more.get("net", "")):
         raise ValueError(f"features of {more['net']!r}")
+    if more.get("n", 0) < 0:
+        raise ValueError(f"{more['n']} images")
     return {"mu": mu, "sigma": sigma, **more}
 
 
@@ -238,10 +240,12 @@ def read_images(path, num, rank, world):
     rejects = []
     reader = prepare_data.iter_images(path, size=None, channels=3, rejects=rejects)
     for _, image, _ in islice(reader, rank, num, world):
+        if image.dtype != np.uint8:
+            sys.exit(f"{path} holds {image.dtype} latents, but FID needs images: decode them first")
         yield image
     for name, reason in rejects:  # a figure without it would be of another set
         if reason not in (prepare_data.CLUTTER, prepare_data.TEXT):
-            sys.exit(f"{path}: {name} can't be read as an image ({reason}): mend or remove it")
+            sys.exit(f"{path}: {str(name)!r} can't be read as an image ({reason}): mend or remove it")
 
 
 def checkpoint_source(path, args):

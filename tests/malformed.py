@@ -303,7 +303,8 @@ def make_groups(good, rng):
              "in.tgz twice": gzip.compress(good["a.tgz"])}
     cifars = {f"{c}"[:40]: cifar(**c) for c in (
         {"test_batch": Bomb()}, {"batches.meta": Bomb()}, {"batches.meta": DROP},
-        {"batches.meta": {}}, {"test_batch": []}, {"test_batch": {"data": np.zeros((2, 3072), np.uint8)}},
+        {"batches.meta": {}}, {"test_batch": []},
+        {"test_batch": {"data": np.zeros((2, 3072), np.uint8)}},
         {"test_batch": {"data": np.zeros((1, 3072), np.uint8), "labels": [7]}},
         {"data_batch_1": {"data": np.zeros((2, 5), np.uint8), "labels": [0, 1]}})}
     tensor = template["ema"]["net.embed.bias"]
