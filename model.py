@@ -14,6 +14,7 @@ import sys
 import zipfile
 from dataclasses import asdict, dataclass, fields
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -35,9 +36,9 @@ class ModelConfig:
 
     def __post_init__(self):
         for f in fields(self):
-            v, none = getattr(self, f.name), f.name == "num_classes"
-            if type(v) is not f.type or not (0 < v < 2**20 or none and v == 0):
-                sys.exit(f"{f.name} is {v!r}, expected one {f.type.__name__} above 0 and below 2^20")
+            v, low = getattr(self, f.name), -1 if f.name == "num_classes" else 0
+            if type(v) is not f.type or not low < v < 2**20:
+                sys.exit(f"{f.name} is {v!r}, expected {f.type.__name__}, above {low} and below 2^20")
         size, p = self.image_size, self.patch_size
         if size % p:
             fits = sorted(range(1, size + 1), key=lambda q: (size % q > 0, abs(q - p)))[:2]
@@ -155,12 +156,11 @@ def sample_visible(batch, grid, mask_ratio, mask_type="patch", block_size=4, gen
 
 def sincos_positions(grid, dim):
     """Fixed 2-D sine-cosine positions (grid*grid, dim): half of the channels each for row, column."""
-    freq = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * freq  # (grid, dim/4)
-    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, dim/2)
-    rows = axis[:, None].expand(grid, grid, -1)
-    cols = axis[None].expand(grid, grid, -1)
-    return torch.cat([rows, cols], dim=2).reshape(grid * grid, dim).float()
+    freq = 10000.0 ** -(np.arange(dim // 4) / (dim // 4))
+    angle = np.arange(grid)[:, None] * freq  # (grid, dim/4)
+    axis = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # (grid, dim/2)
+    rows, cols = axis.repeat(grid, axis=0), np.tile(axis, (grid, 1))
+    return torch.from_numpy(np.concatenate([rows, cols], axis=1)).float()
 
 
 def attention(q, k, v):
@@ -214,7 +214,7 @@ class DiT(nn.Module):
         # Fixed, hence not in the checkpoint: another resolution simply makes others.
         self.register_buffer("positions", sincos_positions(c.grid, c.dim), persistent=False)
         # c_noise = ln(sigma)/4 lies in about [-1.6, 1.1]: wavelengths from 60 down to 0.4.
-        freq = torch.exp(torch.linspace(math.log(0.1), math.log(16.0), c.dim // 2))
+        freq = torch.from_numpy(np.geomspace(0.1, 16.0, c.dim // 2)).float()
         self.register_buffer("freq", freq, persistent=False)
         self.time = nn.Sequential(nn.Linear(c.dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
         self.labels = nn.Embedding(c.num_classes + 1, c.dim) if c.num_classes else None
@@ -342,7 +342,7 @@ def load_checkpoint(path):
 
 
 def is_sound(checkpoint):
-    """Whether both sets of weights are finite and have the shapes that the architecture asks for."""
+    """Whether both sets of weights are finite and have the names and shapes of the architecture."""
     with torch.device("meta"):  # takes no memory, whatever size is claimed
         right = {k: v.shape for k, v in Denoiser(stored_config(checkpoint)).state_dict().items()}
     step, config = checkpoint["step"], checkpoint["config"]
@@ -353,6 +353,7 @@ def is_sound(checkpoint):
 
 
 def stored_config(checkpoint):
+    """The ModelConfig of a checkpoint."""
     known = {f.name for f in fields(ModelConfig)}
     return ModelConfig(**{k: v for k, v in checkpoint["architecture"].items() if k in known})
 

@@ -514,22 +514,24 @@ def main(argv=None):
         log(val_loss=loss)
         say(f"step {step}: validation loss {loss:.4f}")
 
-    caught = []
+    caught = []  # (signal, when)
 
     def on_signal(number, _):
-        if caught:
-            os._exit(128 + number)  # asked twice: at once
-        caught.append(number)
+        # A second wish to stop is granted at once. What comes within three seconds is no second one:
+        # torchrun passes on the signals that a scheduler sends to every process.
+        if caught and time.time() - caught[0][1] > 3:
+            os._exit(128 + number)
+        caught.append((number, time.time()))
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
 
     def asked_to_stop():
         """The signal that any process got, or 0: all leave the loop after the same step."""
-        if world == 1:
-            return caught[0] if caught else 0
-        number = torch.tensor(caught[0] if caught else 0, device=device)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
+        number = caught[0][0] if caught else 0
+        if world > 1:
+            number = torch.tensor(number, device=device)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)
 
     # -- the loop ---------------------------------------------------------------------------------
@@ -600,6 +602,8 @@ def main(argv=None):
     if bad > 10:
         sys.exit(3)
     if stop:
+        if world > 1:
+            dist.barrier()  # torchrun ends all processes when the first one leaves
         say(f"stopped by {signal.Signals(stop).name} after step {step}"
             + (f": {path} is saved, go on with --resume" if written else ""))
         sys.exit(128 + stop)

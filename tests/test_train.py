@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -363,3 +364,43 @@ def test_a_run_is_not_resumed_on_data_with_other_classes(labelled, tmp_path):
     args = [f"--out_dir={tmp_path}", "--batch_size=12", "--steps=1"]
     train.main(args + [f"--data={labelled}", "--class_cond"] + TINY)
     assert "2 classes, but the run has 3" in mistake(train.main, *args, f"--data={other}", "--resume")
+
+
+# -- two processes and their ends -----------------------------------------------------------------
+
+
+def start_two(dataset, out):
+    """torchrun with two processes in the middle of training; returns it and the processes' ids."""
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+         "--rdzv_endpoint=localhost:0", str(ROOT / "train.py"), f"--data={dataset}", f"--out_dir={out}",
+         "--batch_size=12", "--steps=100000", *TINY], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (out / "log.jsonl").exists() or not losses(out):
+        assert launcher.poll() is None, launcher.stderr.read()
+        time.sleep(0.1)
+    children = open(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read().split()
+    return launcher, [int(c) for c in children if b"train.py" in open(f"/proc/{c}/cmdline", "rb").read()]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the processes through /proc")
+def test_a_killed_process_ends_the_others_with_a_message(dataset, tmp_path):
+    launcher, children = start_two(dataset, tmp_path)
+    assert len(children) == 2
+    os.kill(children[1], signal.SIGKILL)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0
+    assert "lost touch with another one" in errors or "Sending process" in errors
+    assert str(children[1]) in errors and "SIGKILL" in errors  # torchrun names the one that failed
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the processes through /proc")
+def test_sigterm_to_torchrun_saves_once_on_all_processes(dataset, tmp_path, capsys):
+    launcher, children = start_two(dataset, tmp_path)
+    launcher.send_signal(signal.SIGTERM)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0 and errors.count("go on with --resume") == 1
+    step = load_checkpoint(str(tmp_path / "ft.pt"))["step"]
+    assert step > 0 and not (tmp_path / "ft.prev.pt").exists()
+    train.main([f"--out_dir={tmp_path}", "--resume", f"--steps={step + 1}"])
+    assert f"resumed from step {step}" in capsys.readouterr().err
