@@ -38,7 +38,7 @@ class ModelConfig:
         for f in fields(self):
             v, low = getattr(self, f.name), -1 if f.name == "num_classes" else 0
             if type(v) is not f.type or not low < v < 2**20:
-                sys.exit(f"{f.name} is {v!r}, expected {f.type.__name__}, above {low} and below 2^20")
+                sys.exit(f"{f.name} is {v!r}, expected {f.type.__name__} above {low}, below 2^20")
         size, p = self.image_size, self.patch_size
         if size % p:
             fits = sorted(range(1, size + 1), key=lambda q: (size % q > 0, abs(q - p)))[:2]
@@ -155,7 +155,7 @@ def sample_visible(batch, grid, mask_ratio, mask_type="patch", block_size=4, gen
 
 
 def sincos_positions(grid, dim):
-    """Fixed 2-D sine-cosine positions (grid*grid, dim): half of the channels each for row, column."""
+    """Fixed 2-D sine-cosine positions (grid*grid, dim): half the channels for row, half for column."""
     freq = 10000.0 ** -(np.arange(dim // 4) / (dim // 4))
     angle = np.arange(grid)[:, None] * freq  # (grid, dim/4)
     axis = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # (grid, dim/2)
@@ -176,13 +176,13 @@ def attention(q, k, v):
 
 
 def modulate(x, shift, scale):
-    """LayerNorm without affine, then the conditional shift and scale. x (B, K, D), others (B, 1, D)."""
+    """LayerNorm without affine, then shift and scale. x (B, K, D), the others (B, 1, D)."""
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6).to(scale.dtype)  # float32 until here under autocast
     return torch.addcmul(shift, x, 1 + scale)
 
 
 class Block(nn.Module):
-    """Transformer block whose norms and residuals are modulated by the noise level (DiT, adaLN-Zero)."""
+    """Transformer block; the noise level modulates its norms and residuals (DiT, adaLN-Zero)."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -201,11 +201,11 @@ class Block(nn.Module):
         q, key, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, heads, K, head_dim)
         x = x + gate1 * self.proj(attention(q, key, v).transpose(1, 2).reshape(b, k, d))
         h = self.fc1(modulate(x, shift2, scale2))
-        return x + gate2 * self.fc2(F.gelu(h))  # on a CPU the tanh form of DiT takes 3 times as long
+        return x + gate2 * self.fc2(F.gelu(h))  # DiT's tanh form takes 3 times as long on a CPU
 
 
 class DiT(nn.Module):
-    """tokens (B, K, p*p*C), c_noise (B,), visible (B, K) or None, labels (B,) or None -> same shape."""
+    """tokens (B, K, p*p*C), c_noise (B,), visible (B, K) or None, labels (B,) or None -> tokens."""
 
     def __init__(self, config):
         super().__init__()
@@ -249,7 +249,7 @@ class DiT(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """EDM preconditioning around the network: D(x; sigma), the denoised tokens (EDM eq. 7, table 1).
+    """EDM preconditioning around the network: D(x; sigma), the denoised tokens (EDM eq. 7).
 
     x (B, K, p*p*C) noisy tokens, sigma (B,) > 0, visible (B, K) or None, labels (B,) int64 with
     `num_classes` as the null class; required if the model has classes, ignored otherwise.
@@ -276,7 +276,7 @@ class Denoiser(nn.Module):
 
 
 def denoising_loss(denoised, clean, sigma, sigma_data):
-    """Weighted denoising error of each image over its visible patches, (B,) (EDM eq. 8, MaskDM eq. 6).
+    """Weighted denoising error of each image over its visible patches, (B,) (EDM eq. 8).
 
     denoised, clean (B, K, p*p*C), sigma (B,). With everything visible it is the plain EDM loss.
     """
@@ -289,7 +289,7 @@ def denoising_loss(denoised, clean, sigma, sigma_data):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a checkpoint beside `path`, sync it, and rename it; the one it replaces becomes *.prev.pt.
+    """Write a checkpoint beside `path`, sync it, rename it; the one it replaces becomes *.prev.pt.
 
     Whenever the machine stops, `path` or its *.prev.pt is whole. Raises OSError or RuntimeError if
     the disk is full; the files there are then untouched.
@@ -314,7 +314,7 @@ def previous_name(path):
 
 
 def load_checkpoint(path):
-    """Read a checkpoint of this project on the CPU; exits with one sentence if `path` is not one."""
+    """Read a checkpoint of train.py, on the CPU; exits with a sentence if `path` is not one."""
     if not os.path.isfile(path):
         sys.exit(f"no checkpoint at {path}: give the path of a .pt file that train.py wrote")
     try:

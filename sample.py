@@ -159,7 +159,7 @@ def write_all(out, batches, num, batch_size, describe, rank, world):
     if os.path.exists(recipe):
         with open(recipe) as f:
             if json.load(f) != describe:
-                sys.exit(f"{work} holds samples of another recipe: remove it or choose another --out")
+                sys.exit(f"{work} holds samples of another recipe: remove it or give another --out")
     elif any(not name.startswith("sampling.json") for name in found):
         sys.exit(f"{work} is a folder with other files in it: choose another --out")
     replace_file(recipe, lambda f: f.write(json.dumps(describe).encode()), rank)
@@ -203,7 +203,7 @@ def wait_for(paths, minutes=60):
         still = [p for p in missing if not os.path.exists(p)]
         since = time.time() if len(still) < len(missing) else since
         if time.time() - since > 60 * minutes:
-            sys.exit(f"no file came for {minutes} minutes, {still[0]} is missing: run the command again")
+            sys.exit(f"no file came for {minutes} minutes, {still[0]} is missing: run this again")
         missing = still
         time.sleep(0.2 if still else 0)
 
@@ -249,7 +249,7 @@ def parse_labels(text, num_classes):
     if text is None:
         return list(range(num_classes))
     if not num_classes:
-        sys.exit("--labels was given, but the checkpoint is of a model without classes: leave it out")
+        sys.exit("--labels was given, but this is a model without classes: leave it out")
     try:
         labels = [int(part) for part in text.split(",")]
     except ValueError:
@@ -261,8 +261,9 @@ def parse_labels(text, num_classes):
 
 
 def pick_device(name, local_rank=0):
-    """auto -> cuda, else mps, else cpu, as a torch.device; exits if what was asked for is not there."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """auto -> cuda, else mps, else cpu, as a torch.device; exits if the one asked for is not there."""
+    mps = torch.backends.mps.is_available()
+    here = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if name == "auto":
         name = next(d for d, available in here.items() if available)
     if not here[name]:
@@ -275,7 +276,7 @@ def main(argv=None):
     parser.add_argument("--ckpt", default="out/ft.pt", help="checkpoint that train.py wrote")
     parser.add_argument("--num", type=int, default=64, help="number of images")
     parser.add_argument("--out", default="out/samples.png",
-                        help=".png: a grid; .npz: arr_0; .npy: an array; otherwise a folder of PNGs")
+                        help=".png: a grid; .npz: arr_0; .npy: an array; else a folder of PNGs")
     parser.add_argument("--steps", type=int, default=18, help="noise levels")
     parser.add_argument("--sampler", choices=("heun", "euler", "churn"), default="heun")
     parser.add_argument("--cfg_scale", type=float, default=1.0, help="guidance scale, 1 for none")
@@ -296,10 +297,10 @@ def main(argv=None):
     denoiser, checkpoint = load_denoiser(args.ckpt, args.weights, device)
     labels = parse_labels(args.labels, denoiser.config.num_classes)
     if args.cfg_scale != 1 and not denoiser.config.num_classes:
-        sys.exit(f"--cfg_scale {args.cfg_scale} needs a model with classes: train with --class_cond")
+        sys.exit("--cfg_scale needs a model with classes: train it with --class_cond")
     suffix = os.path.splitext(args.out)[1]
     if is_latent(denoiser.config) and suffix not in (".npy", ".png"):
-        sys.exit("this model makes latents: give an --out that ends in .npy, and decode it yourself")
+        sys.exit("this model makes latents: give an --out that ends in .npy, and decode that")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     settings = dict(seed=args.seed, sampler=args.sampler, steps=args.steps, labels=labels,
                     cfg_scale=args.cfg_scale)
@@ -309,8 +310,8 @@ def main(argv=None):
                         dtype=getattr(torch, args.dtype), **settings)
 
     if rank == 0:
-        print(f"{args.num} samples of {args.ckpt}, step {checkpoint['step']}, {args.weights} weights, "
-              f"{args.sampler} {args.steps}, on {device}", file=sys.stderr)
+        print(f"{args.num} samples of {args.ckpt}, step {checkpoint['step']}, {args.weights} "
+              f"weights, {args.sampler} {args.steps}, on {device}", file=sys.stderr)
     if suffix == ".png":
         if rank == 0:
             bar = tqdm(range(0, args.num, args.batch_size), desc="sampling", unit="batch")

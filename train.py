@@ -1,4 +1,4 @@
-"""Train a diffusion transformer in two stages: first on a few visible patches, then on whole images.
+"""Train a diffusion transformer in two stages: on a few visible patches, then on whole images.
 
 python train.py --mask_ratio=0.9                          # stage 1 -> out/pt.pt
 python train.py --init_from=out/pt.pt                     # stage 2 -> out/ft.pt
@@ -132,8 +132,8 @@ def resolve(given, previous, device):
     kinds = {f.name: f.type for f in fields(Config)}
     for key, value in previous.items():
         if key not in kinds or not isinstance(value, kinds[key]):
-            sys.exit(f"the run has the setting {key} = {value!r}, which this train.py does not know: "
-                     "resume it with the version that made it")
+            sys.exit(f"the run has the setting {key} = {value!r}, which this train.py does not "
+                     "know: resume it with the version that made it")
     cfg = Config(**(previous | given))
     stage = 1 if cfg.mask_ratio > 0 else 2
     for name, value in DEFAULTS["cpu" if device.type == "cpu" else "gpu", stage].items():
@@ -146,15 +146,15 @@ def resolve(given, previous, device):
 
 def check(cfg):
     """Exit with a sentence on a value that no run can have."""
-    at_least = dict(batch_size=1, steps=0, warmup=0, seed=0, block_size=1, log_every=0, save_every=0,
-                    eval_every=0, sample_every=0, save_minutes=0, keep_every=0, weight_decay=0, grad_clip=0,
-                    lr=0, p_std=0)
+    at_least = dict(batch_size=1, steps=0, warmup=0, seed=0, block_size=1, log_every=0,
+                    save_every=0, eval_every=0, sample_every=0, save_minutes=0, keep_every=0,
+                    weight_decay=0, grad_clip=0, lr=0, p_std=0)
     for name, low in at_least.items():
         if not getattr(cfg, name) >= low:
             sys.exit(f"--{name} is {getattr(cfg, name)}, expected at least {low}")
     for name in ("ema", "beta1", "beta2", "label_dropout", "mask_ratio"):
         if not 0 <= getattr(cfg, name) < 1:
-            sys.exit(f"--{name} is {getattr(cfg, name)}, expected a number from 0 up to, not with, 1")
+            sys.exit(f"--{name} is {getattr(cfg, name)}, expected at least 0 and below 1")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -190,7 +190,8 @@ class Stream:
     """
 
     def __init__(self, images, labels, cfg, config, device=torch.device("cpu"), rank=0, world=1):
-        self.images, self.labels, self.cfg, self.config, self.device = images, labels, cfg, config, device
+        self.images, self.labels, self.cfg, self.config = images, labels, cfg, config
+        self.device = device
         self.share = slice(rank * cfg.batch_size // world, (rank + 1) * cfg.batch_size // world)
         self.epochs = {}
 
@@ -210,7 +211,8 @@ class Stream:
         """
         cfg, config, n = self.cfg, self.config, len(self.images)
         g = torch.Generator().manual_seed(seed_of(cfg.seed, 1, step))
-        sigma = torch.exp(cfg.p_mean + cfg.p_std * torch.randn(cfg.batch_size, generator=g))[self.share]
+        ln_sigma = cfg.p_mean + cfg.p_std * torch.randn(cfg.batch_size, generator=g)
+        sigma = ln_sigma[self.share].exp()
         flip = torch.rand(cfg.batch_size, generator=g)[self.share].numpy() < 0.5 * cfg.hflip
         dropped = torch.rand(cfg.batch_size, generator=g)[self.share] < cfg.label_dropout
         visible = sample_visible(cfg.batch_size, config.grid, cfg.mask_ratio, cfg.mask_type,
@@ -239,7 +241,8 @@ class Stream:
         """To the device, without waiting for a GPU."""
         if t is None or self.device.type == "cpu":
             return t
-        return (t.pin_memory() if self.device.type == "cuda" else t).to(self.device, non_blocking=True)
+        t = t.pin_memory() if self.device.type == "cuda" else t
+        return t.to(self.device, non_blocking=True)
 
 
 def objective(model, config, clean, noise, sigma, visible, labels):
@@ -269,7 +272,8 @@ def validate(model, config, data, autocast, device, rank, world, batch=64):
     """Mean denoising loss over the validation set; the processes share the work."""
     total = torch.zeros((), dtype=torch.float64)
     for start in range(rank * batch, len(data["clean"]), world * batch):
-        part = {k: None if t is None else t[start : start + batch].to(device) for k, t in data.items()}
+        part = {k: None if t is None else t[start : start + batch].to(device)
+                for k, t in data.items()}
         if part["clean"].dtype == torch.uint8:
             part["clean"] = part["clean"].float() / 127.5 - 1
         with autocast:
@@ -285,7 +289,7 @@ def validate(model, config, data, autocast, device, rank, world, batch=64):
 
 
 def taken_up(given):
-    """(path, checkpoint, file it was read from) of the run that --resume goes on with, or three None."""
+    """(path, checkpoint, the file it was read from) of the run that --resume means, or three None."""
     how = given.get("resume")
     out_dir = given.get("out_dir", Config.out_dir)
     if how is None:
@@ -293,13 +297,13 @@ def taken_up(given):
     names = ["pt.pt" if given.get("mask_ratio", 0) > 0 else "ft.pt"]
     if how == "last" and not {"mask_ratio", "init_from"} & set(given):
         names = ["pt.pt", "ft.pt"]  # nothing says which: the newest
-    files = [f for n in names for f in (os.path.join(out_dir, n), previous_name(os.path.join(out_dir, n)))
-             if os.path.exists(f)]
+    files = [os.path.join(out_dir, n) for n in names]
+    files = [f for f in files + [previous_name(f) for f in files] if os.path.exists(f)]
     if not files:
         if how == "auto":
             return None, None, None
-        sys.exit(f"--resume found no {' or '.join(names)} in {out_dir}: start without it, or name the "
-                 "run's --out_dir")
+        sys.exit(f"--resume found no {' or '.join(names)} in {out_dir}: start without it, or name "
+                 "the run's --out_dir")
     newest = max(files, key=os.path.getmtime)
     path = re.sub(r"\.prev\.pt$", ".pt", newest)
     for file in (path, previous_name(path)):
@@ -321,18 +325,19 @@ def model_config(cfg, given, meta, start, resumed):
         wanted.update({k: given[k] for k in ARCHITECTURE if k in given}, channels=meta["channels"])
         for k, v in wanted.items():
             if v != theirs[k]:
-                sys.exit(f"{k} is {v}, but {'the run' if resumed else cfg.init_from} has {theirs[k]}: "
-                         "leave the flag out, or start from another checkpoint")
+                sys.exit(f"{k} is {v}, but {'the run' if resumed else cfg.init_from} has "
+                         f"{theirs[k]}: leave the flag out, or start from another checkpoint")
         sizes = {k: theirs[k] for k in ARCHITECTURE}
     for k in ARCHITECTURE:
         setattr(cfg, k, sizes[k])
     classes = len(meta["class_names"] or []) if cfg.class_cond else 0
     if cfg.class_cond and not classes:
-        sys.exit(f"--class_cond needs labels, and {cfg.data} has none: prepare it from a folder with "
-                 "one sub-folder a class, or leave the flag out")
-    if resumed and classes != start["architecture"]["num_classes"]:
-        sys.exit(f"{cfg.data} has {classes} classes, but the run has {start['architecture']['num_classes']}"
-                 ": resume on the data it began with, or start a new run with --init_from")
+        sys.exit(f"--class_cond needs labels, and {cfg.data} has none: prepare it from a folder "
+                 "with one sub-folder a class, or leave the flag out")
+    theirs = start["architecture"]["num_classes"] if resumed else classes
+    if classes != theirs:
+        sys.exit(f"{cfg.data} has {classes} classes, but the run has {theirs}: resume on the data it "
+                 "began with, or start a new run with --init_from")
     return ModelConfig(image_size=meta["size"], channels=meta["channels"], num_classes=classes,
                        sigma_data=meta["sigma_data"], **sizes)
 
@@ -372,8 +377,8 @@ def learning_rate(cfg, step):
 
 def start_loader(device):
     """Set up the thread that makes the next batch while this one is computed."""
-    # Threads of its own would be more than there are cores, and then OpenMP sends all its threads to
-    # sleep between two operations: masked steps took up to twice as long.
+    # With threads of its own there would be more than there are cores, and then OpenMP sends all its
+    # threads to sleep between two operations: masked steps took up to twice as long.
     torch.set_num_threads(1)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # a new thread begins with the first GPU
@@ -411,7 +416,8 @@ def main(argv=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=20))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=20))
     if rank == 0 and cfg.data == Config.data and not os.path.exists(cfg.data):
         say(f"{cfg.data} is missing: making the built-in faces")
         prepare(None, cfg.data)
@@ -422,7 +428,7 @@ def main(argv=None):
     images, labels, meta = open_dataset(cfg.data)
     val_images, val_labels, _ = open_dataset(cfg.data, "val")
     if start and not checkpoint and "class_cond" not in given and meta["class_names"]:
-        cfg.class_cond = start["architecture"]["num_classes"] > 0  # conditional weights stay conditional
+        cfg.class_cond = start["architecture"]["num_classes"] > 0  # stays what it was
     config = model_config(cfg, given, meta, start, checkpoint is not None)
     k = count_visible(config.grid, cfg.mask_ratio, cfg.mask_type, cfg.block_size)
     share = cfg.batch_size // world
@@ -451,8 +457,8 @@ def main(argv=None):
         try:
             optimizer.load_state_dict(checkpoint["optimizer"])
         except Exception as e:  # the file may hold anything under this name
-            sys.exit(f"{source} has no usable state of the optimizer ({type(e).__name__}): start another "
-                     f"run with --init_from={source}")
+            sys.exit(f"{source} has no usable state of the optimizer ({type(e).__name__}): start "
+                     f"another run with --init_from={source}")
         step, run_id = checkpoint["step"], checkpoint.get("run_id", run_id)
         for key in sorted(set(given) - {"resume"}):
             if previous.get(key) != given[key]:
@@ -472,17 +478,18 @@ def main(argv=None):
         denoiser.compile()
     model = denoiser
     if world > 1:
-        model = DistributedDataParallel(denoiser, device_ids=[device] if device.type == "cuda" else None,
-                                        gradient_as_bucket_view=True, broadcast_buffers=False)
+        gpu = [device] if device.type == "cuda" else None
+        model = DistributedDataParallel(denoiser, device_ids=gpu, gradient_as_bucket_view=True,
+                                        broadcast_buffers=False)
     dtype = pick_dtype(cfg.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     stream = Stream(images, labels, cfg, config, device, rank, world)
     validation = validation_set(val_images, val_labels, config, cfg.seed)
 
-    say("\n".join(f"{key:>14} = {value}" for key, value in asdict(cfg).items() if value is not None))
-    say(f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M parameters on {world} x {device} in "
-        f"{str(dtype)[6:]}; {len(images)} images; {k} of {config.grid**2} patches visible "
-        f"(mask ratio {1 - k / config.grid**2:.4g}); writing {path}")
+    say("\n".join(f"{key:>14} = {v}" for key, v in asdict(cfg).items() if v is not None))
+    size = sum(p.numel() for p in denoiser.parameters()) / 1e6
+    say(f"{size:.2f} M parameters on {world} x {device} in {str(dtype)[6:]}; {len(images)} images; {k} "
+        f"of {config.grid**2} patches visible (mask ratio {1 - k / config.grid**2:.4g}); writing {path}")
     if cfg.batch_size > len(images):
         say(f"a batch of {cfg.batch_size} holds images of this set of {len(images)} more than once")
 
@@ -517,8 +524,8 @@ def main(argv=None):
     caught = []  # (signal, when)
 
     def on_signal(number, _):
-        # A second wish to stop is granted at once. What comes within three seconds is no second one:
-        # torchrun passes on the signals that a scheduler sends to every process.
+        # A second wish to stop is granted at once. What comes within three seconds is no second
+        # one: torchrun passes on the signals that a scheduler sends to every process.
         if caught and time.time() - caught[0][1] > 3:
             os._exit(128 + number)
         caught.append((number, time.time()))
@@ -573,7 +580,8 @@ def main(argv=None):
             low, high = batch["sigma"].min().item(), batch["sigma"].max().item()
             log(event="skipped", loss=str(loss), grad_norm=str(norm), sigma=[low, high],
                 index=index.tolist())
-            say(f"step {step}: loss {loss}, gradient norm {norm}, sigma {low:.3g} to {high:.3g}: skipped")
+            say(f"step {step} skipped: loss {loss}, gradient norm {norm}, sigma {low:.3g} to "
+                f"{high:.3g}")
         optimizer.zero_grad(set_to_none=True)
         step, seen = step + 1, seen + cfg.batch_size
         bar.update()
@@ -590,7 +598,8 @@ def main(argv=None):
             evaluate()
         if cfg.sample_every and step % cfg.sample_every == 0 and rank == 0:
             grid = [x for _, x in sample.generate(ema, range(16), seed=cfg.seed)]
-            sample.save_grid(os.path.join(cfg.out_dir, f"{name}_{step:07d}.png"), np.concatenate(grid))
+            picture = os.path.join(cfg.out_dir, f"{name}_{step:07d}.png")
+            sample.save_grid(picture, np.concatenate(grid))
         clock = cfg.save_minutes and time.time() - saved > 60 * cfg.save_minutes
         if stop or clock or (cfg.save_every and step % cfg.save_every == 0 and step < cfg.steps):
             written = save()
@@ -623,7 +632,8 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError:
         sys.exit("out of GPU memory: give a smaller --micro_batch (the batch stays what it is)")
     except RuntimeError as e:
-        if not (dist.is_initialized() and re.search("gloo|nccl|connection|timed? ?out", str(e), re.I)):
+        lost = re.search("gloo|nccl|connection|timed? ?out", str(e), re.IGNORECASE)
+        if not (dist.is_initialized() and lost):
             raise
-        sys.exit(f"process {dist.get_rank()} lost touch with another one ({str(e).splitlines()[0]}): the "
-                 "report of torchrun names the one that failed first; go on with --resume")
+        sys.exit(f"process {dist.get_rank()} lost touch with another one ({str(e).splitlines()[0]}): "
+                 "the report of torchrun names the one that failed first; go on with --resume")

@@ -1,6 +1,6 @@
 """Where the time of a training step goes, on this machine, as ratios within one run.
 
-python tests/bench.py                      # everything (about 15 minutes on two cores)
+python tests/bench.py                      # everything (about 20 minutes on two cores)
 python tests/bench.py steps --only demo    # one section: peak, attention, steps, curve, sampling, data
                                            # and, with --only, the cases whose name contains a word
 
@@ -203,6 +203,8 @@ CASES = {
         **{f"512x13 64px ratio {r}": dict(size=64, preset="maskdm-64", batch=big(64), ratio=r)
            for r in (0, 0.5, 0.75, 0.9)},
         **{f"512x13 64px ratio {r} batch 8": dict(size=64, preset="maskdm-64", batch=8, ratio=r)
+           for r in (0, 0.9)},
+        **{f"512x13 64px ratio {r} batch 128": dict(size=64, preset="maskdm-64", batch=128, ratio=r, repeats=1)
            for r in (0, 0.9)},
         **{f"768x12 256px ratio {r}": dict(size=256, preset="maskdm-256", batch=big(2), ratio=r)
            for r in (0, 0.9)},
