@@ -74,7 +74,7 @@ class Config:
     lr_schedule: str | None = setting(None, "after the warm-up", choices=("constant", "cosine"))
     warmup: int = setting(100, "steps of linear warm-up")
     weight_decay: float = setting(0.03, "weight decay of AdamW")
-    beta1: float = setting(0.9, "first beta of AdamW")
+    beta1: float | None = setting(None, "first beta of AdamW")
     beta2: float = setting(0.99, "second beta of AdamW")
     grad_clip: float = setting(1.0, "largest norm of the gradient, 0 for no limit")
     ema: float = setting(0.999, "decay of the averaged weights, with a warm-up")
@@ -96,15 +96,15 @@ class Config:
 
 
 # Stage 1, stage 2, by machine. On a CPU both stages on the built-in faces take about ten minutes on
-# two cores; on a GPU these are MaskDM's settings at 64 px.
+# two cores; on a GPU these are MaskDM's network, batch and optimizer at 64 px.
 DEFAULTS = {
-    ("cpu", 1): dict(preset="demo", batch_size=48, steps=2500, lr=4e-3, lr_schedule="constant",
+    ("cpu", 1): dict(preset="demo", batch_size=48, steps=2500, lr=4e-3, beta1=0.9, lr_schedule="constant",
                      eval_every=500, sample_every=0, save_every=500),
-    ("cpu", 2): dict(preset="demo", batch_size=16, steps=1200, lr=2e-3, lr_schedule="cosine",
+    ("cpu", 2): dict(preset="demo", batch_size=16, steps=1200, lr=2e-3, beta1=0.9, lr_schedule="cosine",
                      eval_every=400, sample_every=400, save_every=400),
-    ("gpu", 1): dict(preset="maskdm-64", batch_size=256, steps=100_000, lr=2e-4,
+    ("gpu", 1): dict(preset="maskdm-64", batch_size=256, steps=100_000, lr=2e-4, beta1=0.99,
                      lr_schedule="constant", eval_every=2000, sample_every=0, save_every=2000),
-    ("gpu", 2): dict(preset="maskdm-64", batch_size=128, steps=100_000, lr=2e-4,
+    ("gpu", 2): dict(preset="maskdm-64", batch_size=128, steps=100_000, lr=2e-4, beta1=0.99,
                      lr_schedule="constant", eval_every=2000, sample_every=5000, save_every=2000),
 }
 ARCHITECTURE = ("dim", "depth", "heads", "patch_size")  # settings that a checkpoint decides
@@ -242,7 +242,7 @@ class Stream:
         if t is None or self.device.type == "cpu":
             return t
         t = t.pin_memory() if self.device.type == "cuda" else t
-        return t.to(self.device, non_blocking=True)
+        return t.to(self.device, non_blocking=self.device.type == "cuda")
 
 
 def objective(model, config, clean, noise, sigma, visible, labels):
@@ -268,7 +268,7 @@ def validation_set(images, labels, config, seed, limit=512):
 
 
 @torch.no_grad()
-def validate(model, config, data, autocast, device, rank, world, batch=64):
+def validate(model, config, data, autocast, device, rank, world, batch):
     """Mean denoising loss over the validation set; the processes share the work."""
     total = torch.zeros((), dtype=torch.float64)
     for start in range(rank * batch, len(data["clean"]), world * batch):
@@ -277,7 +277,7 @@ def validate(model, config, data, autocast, device, rank, world, batch=64):
         if part["clean"].dtype == torch.uint8:
             part["clean"] = part["clean"].float() / 127.5 - 1
         with autocast:
-            total += objective(model, config, visible=None, **part).sum().double().cpu()
+            total += objective(model, config, visible=None, **part).sum().cpu().double()
     if world > 1:
         total = total.to(device)
         dist.all_reduce(total)
@@ -398,7 +398,6 @@ def main(argv=None):
     given = parse_flags(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
-    device = sample.pick_device(given.get("device", "auto"), local)
 
     def say(text):
         if rank == 0:
@@ -407,6 +406,7 @@ def main(argv=None):
     # -- where the run starts -------------------------------------------------------------------
     path, checkpoint, source = taken_up(given)
     previous = {k: v for k, v in (checkpoint or {}).get("config", {}).items() if k != "resume"}
+    device = sample.pick_device((previous | given).get("device", "auto"), local)
     start = checkpoint
     if not checkpoint and "init_from" in given:
         start = load_checkpoint(given["init_from"])
@@ -456,6 +456,8 @@ def main(argv=None):
         ema.load_state_dict(checkpoint["ema"])
         try:
             optimizer.load_state_dict(checkpoint["optimizer"])
+            for group in optimizer.param_groups:  # they came with the state; flags may have changed
+                group.update(betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
         except Exception as e:  # the file may hold anything under this name
             sys.exit(f"{source} has no usable state of the optimizer ({type(e).__name__}): start "
                      f"another run with --init_from={source}")
@@ -467,13 +469,21 @@ def main(argv=None):
             say(f"changed: the images of {cfg.data} are not those that this run began with")
         if rank == 0 and source != path and os.path.exists(path):
             os.replace(path, path + ".broken")  # or it would become the *.prev.pt of the next save
+        cfg.out_dir = os.path.dirname(path) or "."  # the folder may have been moved
         say(f"resumed from step {step}")
     elif rank == 0:
         os.makedirs(cfg.out_dir, exist_ok=True)
-        if os.path.exists(path):
-            old = os.path.splitext(path)[0] + ".old.pt"
-            os.replace(path, old)
-            say(f"{path} of an earlier run is now {old}")
+        for file in (path, previous_name(path)):  # neither may pass for a checkpoint of this run
+            if os.path.exists(file):
+                old = os.path.splitext(file)[0] + ".old.pt"
+                os.replace(file, old)
+                say(f"{file} of an earlier run is now {old}")
+    if world > 1:
+        steps = torch.tensor([step, -step], device=device)
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
+        if steps.sum():
+            sys.exit(f"the processes start from steps {-int(steps[1])} to {int(steps[0])}: "
+                     f"{cfg.out_dir} must be on storage that all nodes share")
     if cfg.compile:
         denoiser.compile()
     model = denoiser
@@ -517,7 +527,8 @@ def main(argv=None):
                 say(f"step {step}: log.jsonl could not be written ({e})")
 
     def evaluate():
-        loss = validate(ema, config, validation, autocast, device, rank, world)
+        batch = max(1, min(64, micro * k // config.grid**2))  # no more tokens than in training
+        loss = validate(ema, config, validation, autocast, device, rank, world, batch)
         log(val_loss=loss)
         say(f"step {step}: validation loss {loss:.4f}")
 
@@ -585,11 +596,11 @@ def main(argv=None):
         optimizer.zero_grad(set_to_none=True)
         step, seen = step + 1, seen + cfg.batch_size
         bar.update()
-        if bad > 10:
-            say(f"stopped: {bad} steps in a row were not finite; {path} holds the last good state")
+        if bad >= 10:
+            say(f"stopped: {bad} steps in a row were not finite; the last checkpoint is as it was")
             break
         stop = asked_to_stop()
-        if cfg.log_every and step % cfg.log_every == 0:
+        if cfg.log_every and step % cfg.log_every == 0 and not bad:
             rate = seen / (time.time() - started)
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
             log(loss=loss, grad_norm=norm, lr=learning_rate(cfg, step - 1), images_per_s=rate,
@@ -598,8 +609,11 @@ def main(argv=None):
             evaluate()
         if cfg.sample_every and step % cfg.sample_every == 0 and rank == 0:
             grid = [x for _, x in sample.generate(ema, range(16), seed=cfg.seed)]
-            picture = os.path.join(cfg.out_dir, f"{name}_{step:07d}.png")
-            sample.save_grid(picture, np.concatenate(grid))
+            try:
+                picture = os.path.join(cfg.out_dir, f"{name}_{step:07d}.png")
+                sample.save_grid(picture, np.concatenate(grid))
+            except OSError as e:
+                say(f"step {step}: the samples could not be written ({e})")
         clock = cfg.save_minutes and time.time() - saved > 60 * cfg.save_minutes
         if stop or clock or (cfg.save_every and step % cfg.save_every == 0 and step < cfg.steps):
             written = save()
@@ -608,7 +622,7 @@ def main(argv=None):
             save(f"{os.path.splitext(path)[0]}-{step:07d}.pt")
     bar.close()
     loader.shutdown(cancel_futures=True)
-    if bad > 10:
+    if bad >= 10:
         sys.exit(3)
     if stop:
         if world > 1:

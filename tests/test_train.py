@@ -404,3 +404,33 @@ def test_sigterm_to_torchrun_saves_once_on_all_processes(dataset, tmp_path, caps
     assert step > 0 and not (tmp_path / "ft.prev.pt").exists()
     train.main([f"--out_dir={tmp_path}", "--resume", f"--steps={step + 1}"])
     assert f"resumed from step {step}" in capsys.readouterr().err
+
+
+# -- what a resumed or a fresh run must not take over ---------------------------------------------
+
+
+def test_optimizer_settings_changed_at_resume_take_effect(dataset, tmp_path):
+    args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12"] + TINY
+    train.main(args + ["--steps=1"])
+    train.main([f"--out_dir={tmp_path}", "--resume", "--steps=2", "--weight_decay=0.5", "--beta2=0.9"])
+    group = load_checkpoint(str(tmp_path / "ft.pt"))["optimizer"]["param_groups"][0]
+    assert group["weight_decay"] == 0.5 and tuple(group["betas"]) == (0.9, 0.9)
+
+
+def test_a_fresh_run_leaves_no_checkpoint_of_the_old_one_to_resume(dataset, tmp_path):
+    args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12"] + TINY
+    train.main(args + ["--steps=2", "--save_every=1"])
+    assert (tmp_path / "ft.prev.pt").exists()
+    train.main(args + ["--steps=1"])
+    assert not (tmp_path / "ft.prev.pt").exists() and (tmp_path / "ft.prev.old.pt").exists()
+
+
+def test_a_moved_run_goes_on_where_it_is_now(dataset, tmp_path):
+    args = [f"--data={dataset}", f"--out_dir={tmp_path}/here", "--batch_size=12", "--steps=1"] + TINY
+    train.main(args)
+    (tmp_path / "here").rename(tmp_path / "there")
+    train.main([f"--out_dir={tmp_path}/there", "--resume", "--steps=2"])
+    assert not (tmp_path / "here").exists()
+    assert load_checkpoint(str(tmp_path / "there/ft.pt"))["step"] == 2
+    for line in open(tmp_path / "there/log.jsonl"):
+        json.loads(line, parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
