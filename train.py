@@ -556,13 +556,15 @@ def main(argv=None):
     log(event="start", config=asdict(cfg))
     bar = tqdm(total=cfg.steps, initial=step, desc=name, disable=rank > 0, unit="step")
     started = saved = time.time()
-    first, seen, bad = step, 0, 0
+    first, seen, bad, waited = step, 0, 0, 0.0
     threads = torch.get_num_threads()
     loader = ThreadPoolExecutor(1, initializer=start_loader, initargs=(device,))
     pending = loader.submit(stream.load, step) if step < cfg.steps else None
     stop = 0
     while step < cfg.steps and not stop:
+        asked = time.time()
         batch = pending.result()
+        waited += time.time() - asked
         if step == first:
             torch.set_num_threads(threads)  # the loader's call changed MKL's number for all threads
         pending = loader.submit(stream.load, step + 1)
@@ -571,18 +573,21 @@ def main(argv=None):
             group["lr"] = learning_rate(cfg, step)
         loss = torch.zeros((), device=device)
         starts = range(0, share, micro)
-        for i in starts:
-            part = {key: None if t is None else t[i : i + micro] for key, t in batch.items()}
-            with nullcontext() if world == 1 or i == starts[-1] else model.no_sync(), autocast:
-                part_loss = objective(model, config, **part).mean() / len(starts)
-                part_loss.backward()
-            loss += part_loss.detach()
+        with autocast:  # around all parts: the weights are cast once a step
+            for i in starts:
+                part = {key: None if t is None else t[i : i + micro] for key, t in batch.items()}
+                with nullcontext() if world == 1 or i == starts[-1] else model.no_sync():
+                    part_loss = objective(model, config, **part).mean() / len(starts)
+                    part_loss.backward()
+                loss += part_loss.detach()
         if world > 1:
             dist.all_reduce(loss)
             loss /= world
-        norm = torch.nn.utils.clip_grad_norm_(denoiser.parameters(), cfg.grad_clip or math.inf)
-        loss, norm = torch.stack([loss, norm]).tolist()  # the step's one wait for the GPU
+        total_norm = torch.nn.utils.get_total_norm(p.grad for p in denoiser.parameters())
+        loss, norm = torch.stack([loss, total_norm]).tolist()  # the step's one wait for the GPU
         if math.isfinite(loss) and math.isfinite(norm):
+            if 0 < cfg.grad_clip < norm:
+                torch.nn.utils.clip_grads_with_norm_(denoiser.parameters(), cfg.grad_clip, total_norm)
             optimizer.step()
             update_ema(ema, denoiser, cfg.ema, step)
             bad = 0
@@ -604,7 +609,7 @@ def main(argv=None):
             rate = seen / (time.time() - started)
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
             log(loss=loss, grad_norm=norm, lr=learning_rate(cfg, step - 1), images_per_s=rate,
-                seconds=time.time() - started)
+                seconds=time.time() - started, seconds_waited_for_data=waited)
         if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps and not stop:
             evaluate()
         if cfg.sample_every and step % cfg.sample_every == 0 and rank == 0:
