@@ -254,7 +254,11 @@ def checkpoint_source(path, args):
     denoiser, checkpoint = sample.load_denoiser(path, args.ckpt_weights, args.device)
     if sample.is_latent(denoiser.config):
         sys.exit(f"{path} makes latents, but FID needs images: draw and decode samples first")
-    settings = {k: getattr(args, k) for k in ("sampler", "steps", "cfg_scale", "seed")}
+    sample.check_guidance(denoiser, checkpoint, args.cfg_scale)
+    mid = args.mid_sigma if args.mid_sigma is not None else sample.default_mid_sigma(checkpoint)
+    sampler, sigmas = sample.noise_levels(denoiser.config, args.sampler, args.steps, mid)
+    settings = dict(sampler=sampler, steps=len(sigmas) - 1, mid_sigma=mid,
+                    cfg_scale=args.cfg_scale, seed=args.seed)
     about = {"kind": "checkpoint", "hash": sha256(path), "step": checkpoint["step"],
              "weights": args.ckpt_weights, **settings}
     return Source(path, about, lambda rank, world: (
@@ -390,8 +394,9 @@ def parse(argv):
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: float32")
     add("--cache", action=BooleanOptionalAction, default=True, help="of statistics, by content")
     add("--ckpt_weights", choices=("ema", "raw"), default="ema", help="of a checkpoint")
-    add("--sampler", choices=("heun", "euler", "churn"), default="heun")
-    add("--steps", type=int, default=18, help="noise levels of the sampler")
+    add("--sampler", choices=("heun", "euler", "churn", "consistency"), help="see sample.py")
+    add("--steps", type=int, help="of the sampler (default: by the kind of model, 18 or 1)")
+    add("--mid_sigma", type=float, help="second noise level of consistency sampling, see sample.py")
     add("--cfg_scale", type=float, default=1.0, help="guidance scale, 1 for none")
     add("--seed", type=int, default=0, help="of the samples and of KID's subsets")
     args = parser.parse_args(argv)

@@ -1,11 +1,13 @@
 """The network: a diffusion transformer that sees only the visible patches of an image.
 
 An image is cut into N patches; training may keep K <= N of them. Whatever the network does, it does
-on K tokens, so hiding nine tenths of the patches makes a step about ten times cheaper. Everything
-here takes `visible`, the (B, K) indices of the kept patches; `visible=None` means the whole image.
+on K tokens, so hiding nine tenths of the patches makes a step about ten times cheaper; only an
+optional decoder looks at all N places again. Everything here takes `visible`, the (B, K) indices of
+the kept patches; `visible=None` means the whole image.
 
 Symbols: B batch, C channels, H = W image side, p patch side, N = (H/p)^2, K visible tokens.
-Papers: MaskDM arXiv 2306.11363, DiT arXiv 2212.09748, EDM arXiv 2206.00364.
+Papers: MaskDM arXiv 2306.11363, MaskDiT 2306.09305, DiT 2212.09748, SPRINT 2510.21986,
+EDM 2206.00364, ECT 2406.14548, SCT 2410.18958, STF 2302.00670.
 """
 
 import math
@@ -33,10 +35,20 @@ class ModelConfig:
     heads: int = 4
     num_classes: int = 0  # 0: unconditional; otherwise index num_classes is the null class
     sigma_data: float = 0.5  # standard deviation of the data (EDM table 1)
+    decoder_depth: int = 0  # blocks after the masked ones, on all tokens (MaskDiT)
+    decoder_dim: int = 0  # their width; 0: dim
+    decoder_heads: int = 0  # 0: heads
+    dense_depth: int = 0  # how many of `depth` blocks come before the masking (SPRINT)
+    cm_segments: int = 0  # 0: a diffusion model; m > 0: a consistency model of m segments
 
     def __post_init__(self):
+        if self.decoder_depth:
+            self.decoder_dim = self.decoder_dim or self.dim
+            self.decoder_heads = self.decoder_heads or self.heads
+        else:
+            self.decoder_dim = self.decoder_heads = 0
         for f in fields(self):
-            v, low = getattr(self, f.name), -1 if f.name == "num_classes" else 0
+            v, low = getattr(self, f.name), -1 if f.default == 0 else 0
             if type(v) is not f.type or not low < v < 2**20:
                 sys.exit(f"{f.name} is {v!r}, expected {f.type.__name__} above {low}, below 2^20")
         size, p = self.image_size, self.patch_size
@@ -47,10 +59,17 @@ class ModelConfig:
                 f"{min(fits)} or {max(fits)}, or prepare the data at {max(size // p, 1) * p} or "
                 f"{(size // p + 1) * p} px"
             )
-        if self.dim % (4 * self.heads):
+        for part in ("", "decoder_") if self.decoder_depth else ("",):
+            dim, step = getattr(self, part + "dim"), 4 * getattr(self, part + "heads")
+            if dim % step:
+                sys.exit(
+                    f"{part}dim {dim} must be a multiple of 4 x {part}heads ({step}); the nearest "
+                    f"that fits is {max(1, round(dim / step)) * step}"
+                )
+        if self.dense_depth and not (self.decoder_depth and self.dense_depth < self.depth):
             sys.exit(
-                f"dim {self.dim} must be a multiple of 4 x heads ({4 * self.heads}); the nearest "
-                f"that fits is {max(1, round(self.dim / (4 * self.heads))) * 4 * self.heads}"
+                f"dense_depth is {self.dense_depth}, expected less than depth {self.depth} and a "
+                f"decoder_depth above 0 (here {self.decoder_depth}): give both, such as 2 and 2"
             )
 
     @property
@@ -94,36 +113,39 @@ def unpatchify(tokens, patch_size):
     return x.reshape(b, g * p, g * p, d // p**2)
 
 
-def count_visible(grid, mask_ratio, mask_type="patch", block_size=4):
-    """Number K of visible patches on a grid x grid image: the same for every image of a run.
+def count_hidden(grid, mask_ratio, mask_type="patch", block_size=4):
+    """Number N - K of hidden patches on a grid x grid image: the same for every image of a batch.
 
     `mask_type` (MaskDM sec. 3.2): "patch" hides int(ratio*N) single patches, "block" hides
     int(ratio*N) // b^2 blocks of b x b on the block grid, "crop" shows one square of side
     round(sqrt(N - int(ratio*N))). Exits with a sentence where a mask cannot be had.
     """
-    n = grid * grid
     if not 0 <= mask_ratio < 1:
         sys.exit(f"mask_ratio is {mask_ratio}, expected a share in [0, 1), for example 0.9")
-    hidden = int(mask_ratio * n)
-    if mask_ratio == 0:
-        return n
-    if mask_type == "block":
-        if block_size < 1 or grid % block_size:
-            sys.exit(
-                f"block_size {block_size} does not divide the {grid} x {grid} grid of patches: use "
-                f"one of {[b for b in range(1, grid) if grid % b == 0]}"
-            )
-        hidden = hidden // block_size**2 * block_size**2
-    elif mask_type == "crop":
-        hidden = n - round(math.sqrt(n - hidden)) ** 2
-    elif mask_type != "patch":
+    if mask_type not in ("patch", "block", "crop"):
         sys.exit(f"mask_type is {mask_type!r}, expected patch, block or crop")
-    if hidden == 0:
+    hidden = int(mask_ratio * grid**2)
+    if mask_type == "crop":
+        hidden = grid**2 - round(math.sqrt(grid**2 - hidden)) ** 2
+    if mask_type != "block" or mask_ratio == 0:
+        return hidden
+    if block_size < 1 or grid % block_size:
         sys.exit(
-            f"mask_ratio {mask_ratio} with mask_type {mask_type} hides none of the {n} patches: "
-            "raise the ratio, use smaller blocks, or ask for 0"
+            f"block_size {block_size} does not divide the {grid} x {grid} grid of patches: use "
+            f"one of {[b for b in range(1, grid) if grid % b == 0]}"
         )
-    return n - hidden
+    return hidden // block_size**2 * block_size**2
+
+
+def count_visible(grid, mask_ratio, mask_type="patch", block_size=4):
+    """Number K of visible patches; exits where a ratio above 0 hides none (see count_hidden)."""
+    hidden = count_hidden(grid, mask_ratio, mask_type, block_size)
+    if mask_ratio > 0 and hidden == 0:
+        sys.exit(
+            f"mask_ratio {mask_ratio} with mask_type {mask_type} hides none of the {grid**2} "
+            "patches: raise the ratio, use smaller blocks, or ask for 0"
+        )
+    return grid**2 - hidden
 
 
 def sample_visible(batch, grid, mask_ratio, mask_type="patch", block_size=4, generator=None):
@@ -155,7 +177,7 @@ def sample_visible(batch, grid, mask_ratio, mask_type="patch", block_size=4, gen
 
 
 def sincos_positions(grid, dim):
-    """Fixed 2-D sine-cosine positions (grid*grid, dim): half the channels for row, half for column."""
+    """Fixed 2-D sine-cosine positions (grid*grid, dim): half the channels for the row."""
     freq = 10000.0 ** -(np.arange(dim // 4) / (dim // 4))
     angle = np.arange(grid)[:, None] * freq  # (grid, dim/4)
     axis = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # (grid, dim/2)
@@ -184,14 +206,14 @@ def modulate(x, shift, scale):
 class Block(nn.Module):
     """Transformer block; the noise level modulates its norms and residuals (DiT, adaLN-Zero)."""
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, cond_dim):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
-        self.modulation = nn.Linear(dim, 6 * dim)
+        self.modulation = nn.Linear(cond_dim, 6 * dim)
 
     def forward(self, x, cond):
         b, k, d = x.shape
@@ -204,8 +226,21 @@ class Block(nn.Module):
         return x + gate2 * self.fc2(F.gelu(h))  # DiT's tanh form takes 3 times as long on a CPU
 
 
+def take(tokens, visible):
+    """The visible ones (B, K, D) of all tokens (B, N, D); visible (B, K), or None for all."""
+    if visible is None:
+        return tokens
+    return tokens.gather(1, visible[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
 class DiT(nn.Module):
-    """tokens (B, K, p*p*C), c_noise (B,), visible (B, K) or None, labels (B,) or None -> tokens."""
+    """tokens, c_noise (B,), visible (B, K) or None, labels (B,) or None -> tokens of that shape.
+
+    tokens (B, K, p*p*C) are the visible ones; with a decoder (B, N, p*p*C), all of them. The blocks
+    then still see the visible ones alone, and the decoder's blocks the answer for these and one
+    learned token in every other place (MaskDiT fig. 2). With dense_depth > 0 the first blocks see
+    all tokens, and what they make of them goes to the decoder, too (SPRINT, arXiv 2510.21986).
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -218,9 +253,21 @@ class DiT(nn.Module):
         self.register_buffer("freq", freq, persistent=False)
         self.time = nn.Sequential(nn.Linear(c.dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
         self.labels = nn.Embedding(c.num_classes + 1, c.dim) if c.num_classes else None
-        self.blocks = nn.ModuleList(Block(c.dim, c.heads) for _ in range(c.depth))
-        self.modulation = nn.Linear(c.dim, 2 * c.dim)
-        self.head = nn.Linear(c.dim, c.token_dim)
+        self.dense_depth = c.dense_depth
+        self.blocks = nn.ModuleList(Block(c.dim, c.heads, c.dim) for _ in range(c.depth))
+        self.decoder = None
+        if c.decoder_depth:
+            self.decoder_embed = nn.Linear(c.dim, c.decoder_dim)
+            self.mask_token = nn.Parameter(0.02 * torch.randn(c.decoder_dim))
+            positions = sincos_positions(c.grid, c.decoder_dim)
+            self.register_buffer("decoder_positions", positions, persistent=False)
+            if c.dense_depth:
+                self.fuse = nn.Linear(c.decoder_dim + c.dim, c.decoder_dim)
+            self.decoder = nn.ModuleList(
+                Block(c.decoder_dim, c.decoder_heads, c.dim) for _ in range(c.decoder_depth))
+        width = c.decoder_dim or c.dim
+        self.modulation = nn.Linear(c.dim, 2 * width)
+        self.head = nn.Linear(width, c.token_dim)
         self.init_weights()
 
     def init_weights(self):
@@ -231,27 +278,50 @@ class DiT(nn.Module):
         if self.labels is not None:
             nn.init.normal_(self.labels.weight, std=0.02)
         # Every block starts as the identity and the output as zero (DiT sec. 3.2).
-        for m in [self.modulation, self.head] + [block.modulation for block in self.blocks]:
+        blocks = [*self.blocks, *(self.decoder or ())]
+        for m in [self.modulation, self.head] + [block.modulation for block in blocks]:
             nn.init.zeros_(m.weight)
 
     def forward(self, tokens, c_noise, visible=None, labels=None):
-        positions = self.positions if visible is None else self.positions[visible]
-        x = self.embed(tokens) + positions  # (B, K, D)
         angle = c_noise[:, None] * self.freq
         cond = self.time(torch.cat([angle.sin(), angle.cos()], dim=1))  # (B, D)
         if self.labels is not None:
             cond = cond + self.labels(labels)
         cond = F.silu(cond)
-        for block in self.blocks:
+        if self.dense_depth:
+            x = self.embed(tokens) + self.positions  # (B, N, D)
+            for block in self.blocks[: self.dense_depth]:
+                x = block(x, cond)
+            dense, x = x, take(x, visible)
+        else:
+            positions = self.positions if visible is None else self.positions[visible]
+            x = self.embed(take(tokens, visible) if self.decoder else tokens) + positions
+        for block in self.blocks[self.dense_depth :]:  # (B, K, D)
             x = block(x, cond)
+        if self.decoder:
+            x = self.restore(self.decoder_embed(x), visible)  # (B, N, decoder_dim)
+            if self.dense_depth:
+                x = self.fuse(torch.cat([x, dense], dim=2))
+            x = x + self.decoder_positions
+            for block in self.decoder:
+                x = block(x, cond)
         shift, scale = self.modulation(cond)[:, None].chunk(2, dim=2)
         return self.head(modulate(x, shift, scale))
+
+    def restore(self, x, visible):
+        """The tokens x (B, K, D) in their places among N, and the mask token in all others."""
+        if visible is None:
+            return x + 0 * self.mask_token  # a gradient of zero, so that no process lacks one
+        b, _, d = x.shape
+        whole = self.mask_token.to(x.dtype).expand(b, len(self.positions), d)
+        return whole.scatter(1, visible[:, :, None].expand(-1, -1, d), x)
 
 
 class Denoiser(nn.Module):
     """EDM preconditioning around the network: D(x; sigma), the denoised tokens (EDM eq. 7).
 
-    x (B, K, p*p*C) noisy tokens, sigma (B,) > 0, visible (B, K) or None, labels (B,) int64 with
+    x noisy tokens, (B, K, p*p*C) or, with a decoder, (B, N, p*p*C); sigma (B,) > 0, visible (B, K)
+    or None, labels (B,) int64 with
     `num_classes` as the null class; required if the model has classes, ignored otherwise.
     Returns float32 (or wider) of x's shape.
     """
@@ -282,6 +352,80 @@ def denoising_loss(denoised, clean, sigma, sigma_data):
     """
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     return weight * (denoised - clean).square().mean(dim=(1, 2))
+
+
+def reconstruction_loss(denoised, noisy, visible):
+    """Error of each image over its masked patches, (B,) (MaskDiT sec. 3.3).
+
+    denoised, noisy (B, N, p*p*C), visible (B, K), K < N. The target is the noisy patch, normalised
+    by its own mean and variance; the noise level does not weigh it.
+    """
+    mean, variance = noisy.mean(dim=2, keepdim=True), noisy.var(dim=2, keepdim=True)
+    target = (noisy - mean) / (variance + 1e-6).sqrt()
+    error = (denoised - target).square().mean(dim=2)  # (B, N)
+    return error.scatter(1, visible, 0).sum(dim=1) / (error.shape[1] - visible.shape[1])
+
+
+def consistency_step(t, stage, q=2.0, k=8.0, b=1.0):
+    """The lower noise level r of each pair (t, r), 0 <= r < t (ECT eq. 16; k = 0: the constant).
+
+    r = t (1 - q^-(stage + 1) (1 + k sigmoid(-b t))), at least 0. t (B,); the pairs close as the
+    stage, 0, 1, 2, ... or any number between, goes up.
+    """
+    return (t * (1 - q ** -(stage + 1.0) * (1 + k * torch.sigmoid(-b * t)))).clamp_min(0)
+
+
+def consistency_function(denoised, x, t, s):
+    """f(x, t) = (1 - s/t) D + (s/t) x, which is x at t = s: consistent down to the level s.
+
+    denoised, x (B, K, p*p*C), t and s (B,). With s = 0 it is D itself.
+    """
+    share = (s / t).view(-1, 1, 1)
+    return denoised + share * (x - denoised)
+
+
+def posterior_mean(x, clean, sigma, references, allowed=None, visible=None):
+    """The mean of the images that may lie behind x, (B, K, d) (STF, arXiv 2302.00670, eq. 6; SCT).
+
+    sum_i a_i y_i over y itself (clean) and R references, a = softmax(-|x - y_i|^2 / (2 sigma^2)).
+    x, clean (B, K, d) and sigma (B,); references (R, N, d), of which image j sees the patches
+    visible[j] (None: all), and, with allowed (B, R) bool, only the references allowed[j].
+    In float32 and by matrix products: no (B, R, N*d) tensor exists.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # distances are differences of large numbers
+    try:
+        with torch.autocast(x.device.type, enabled=False):
+            b, d = len(x), x.shape[2]
+            refs = references.flatten(1)  # (R, N*d)
+            if visible is None:
+                product, square = x.flatten(1) @ refs.T, refs.square().sum(dim=1)
+            else:  # hidden patches count zero in both
+                place = visible[:, :, None].expand(-1, -1, d)
+                blank = x.new_zeros(b, *references.shape[1:])
+                product = blank.scatter(1, place, x).flatten(1) @ refs.T
+                shown = blank.scatter(1, place, torch.ones_like(x)).flatten(1)
+                square = shown @ refs.square().T
+            distance = x.square().sum(dim=(1, 2))[:, None] - 2 * product + square  # (B, R)
+            own = (x - clean).square().sum(dim=(1, 2))[:, None]
+            logits = -torch.cat([own, distance], dim=1) / (2 * sigma[:, None] ** 2)
+            if allowed is not None:
+                logits[:, 1:].masked_fill_(~allowed, -math.inf)
+            weights = logits.softmax(dim=1)  # (B, 1 + R)
+            mean = (weights[:, 1:] @ refs).view(b, *references.shape[1:])
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    return weights[:, :1, None] * clean + take(mean, visible)
+
+
+def consistency_loss(f_t, target, t, r, c=0.0, weight="gap", sigma_data=0.5):
+    """Weighted distance of each image, (B,) (ECT sec. 3.3): w * (sqrt(|f_t - target|^2 + c^2) - c).
+
+    f_t, target (B, K, d), t > r (B,). w = 1/(t - r) for "gap", 1/t^2 + 1/sigma_data^2 for "edm".
+    """
+    norm = torch.linalg.vector_norm(f_t - target, dim=(1, 2))  # its gradient at 0 is 0
+    distance = (norm**2 + c**2).sqrt() - c if c else norm
+    return distance * (1 / (t - r) if weight == "gap" else 1 / t**2 + 1 / sigma_data**2)
 
 
 # ---------------------------------------------------------------------------------------------

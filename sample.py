@@ -2,6 +2,7 @@
 
 python sample.py --ckpt out/ft.pt                                        # out/samples.png, a grid
 python sample.py --ckpt out/ft.pt --labels 0,1,2,3 --cfg_scale 2         # classes, guided
+python sample.py --ckpt out/cm.pt --steps 2                              # a consistency model
 python sample.py --ckpt out/ft.pt --num 50000 --out out/samples.npz      # arr_0 uint8 (N, H, W, C)
 torchrun --nproc_per_node=8 -- sample.py --ckpt out/ft.pt --num 50000 --out out/pngs  # a folder
 
@@ -11,6 +12,7 @@ where it stopped when the same command is given again.
 """
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -24,6 +26,8 @@ from tqdm import tqdm
 
 from model import denoiser_from_checkpoint, load_checkpoint, patchify, unpatchify
 from prepare_data import Parser, image_grid
+
+SAMPLERS = ("heun", "euler", "churn", "consistency")
 
 # ---------------------------------------------------------------------------------------------
 # Noise, noise levels, steps.
@@ -40,6 +44,61 @@ def edm_sigmas(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     i = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
     top, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return torch.cat([(top + i * (low - top)) ** rho, torch.zeros(1, dtype=torch.float64)])
+
+
+def segment_edges(segments):
+    """Edges of the segments of a consistency model, float64 (segments + 1,), from 80 to 0.
+
+    The levels of `edm_sigmas` with one step more, without sigma_min: [80, 0], [80, 2.5, 0], ...
+    """
+    levels = edm_sigmas(segments + 1)
+    return torch.cat([levels[:-2], levels[-1:]])
+
+
+def noise_levels(config, sampler=None, steps=None, mid_sigma=0.821):
+    """(sampler, sigmas) for a model; what is None is chosen by its kind.
+
+    A diffusion model: heun with 18 steps. A consistency model: one step of "consistency"; more
+    go from 80 to mid_sigma evenly in ln sigma. One of m segments: an Euler step through each, which
+    is all that it can do. Exits with a sentence on what the model cannot do.
+    """
+    m = config.cm_segments
+    if not 0 < mid_sigma < 80:
+        sys.exit(f"--mid_sigma is {mid_sigma}, expected a noise level between 0 and 80")
+    if m > 1:
+        if sampler not in (None, "euler") or steps not in (None, m):
+            sys.exit(f"this consistency model of {m} segments is sampled by euler in {m} steps: "
+                     "leave --sampler and --steps out")
+        return "euler", segment_edges(m)
+    if m == 1 and sampler not in (None, "consistency"):
+        sys.exit(f"--sampler {sampler} is for diffusion models, and this is a consistency model: "
+                 "leave it out")
+    if m == 1 or sampler == "consistency":
+        levels = np.geomspace(80.0, mid_sigma, steps) if (steps or 1) > 1 else [80.0]
+        return "consistency", torch.tensor([*levels, 0.0], dtype=torch.float64)
+    return sampler or "heun", edm_sigmas(steps or 18)
+
+
+def default_mid_sigma(checkpoint):
+    """ECT's second noise level, by the preset that the model was tuned with."""
+    return {"imagenet64": 1.526}.get(checkpoint["config"].get("cm_preset"), 0.821)
+
+
+def check_guidance(denoiser, checkpoint, cfg_scale, guide=None):
+    """Exits with a sentence if a model cannot be guided as asked; `guide` is a denoiser or None."""
+    if guide is not None:
+        same = ("image_size", "channels", "patch_size", "num_classes", "cm_segments")
+        if differ := [k for k in same if getattr(guide.config, k) != getattr(denoiser.config, k)]:
+            sys.exit(f"the model of --guide_ckpt differs in {', '.join(differ)}: give an earlier "
+                     "checkpoint of the same run")
+        if cfg_scale == 1:
+            sys.exit("--guide_ckpt does nothing at --cfg_scale 1: give a scale above 1, such as 2")
+    elif cfg_scale != 1 and not denoiser.config.num_classes:
+        sys.exit("--cfg_scale needs a model with classes (train it with --class_cond) or, in "
+                 "sample.py, a --guide_ckpt")
+    elif cfg_scale != 1 and not checkpoint["config"].get("label_dropout", 0.1):
+        sys.exit("--cfg_scale needs the null class, which this model never saw: train it with a "
+                 "--label_dropout above 0, such as 0.1")
 
 
 def sample_loop(denoise, x, sigmas, sampler="heun", draw=None, churn=40.0, s_min=0.05, s_max=50.0,
@@ -73,20 +132,26 @@ def sample_loop(denoise, x, sigmas, sampler="heun", draw=None, churn=40.0, s_min
     return x
 
 
-def guided(denoiser, labels, cfg_scale):
+def guided(denoiser, labels, cfg_scale, interval=(0.0, math.inf), guide=None):
     """denoise(x, sigma) with classifier-free guidance D_null + g (D_label - D_null).
 
     Scale 1 evaluates the labels only, scale 0 the null class only, anything else both in one batch.
+    Outside low < sigma <= high of `interval` the scale is 1 (arXiv 2404.07724).
+    With `guide`, a weaker denoiser, D_guide + g (D - D_guide) (autoguidance, arXiv 2406.02507).
     """
     null = None if labels is None else torch.full_like(labels, denoiser.config.num_classes)
 
     def denoise(x, sigma):
+        scale = cfg_scale if interval[0] < sigma <= interval[1] else 1
         sigma = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
-        if labels is None or cfg_scale in (0, 1):
-            return denoiser(x, sigma, labels=null if cfg_scale == 0 else labels)
+        if guide is not None and scale != 1:
+            weak = guide(x, sigma, labels=labels)
+            return weak if scale == 0 else weak + scale * (denoiser(x, sigma, labels=labels) - weak)
+        if labels is None or scale in (0, 1):
+            return denoiser(x, sigma, labels=null if scale == 0 else labels)
         both = denoiser(torch.cat([x, x]), torch.cat([sigma] * 2), labels=torch.cat([labels, null]))
         d_label, d_null = both.chunk(2)
-        return d_null + cfg_scale * (d_label - d_null)
+        return d_null + scale * (d_label - d_null)
 
     return denoise
 
@@ -103,18 +168,20 @@ def load_denoiser(path, weights="ema", device="cpu"):
 
 
 @torch.inference_mode()
-def generate(denoiser, indices, *, seed=0, sampler="heun", steps=18, cfg_scale=1.0, labels=None,
-             batch_size=64, dtype=torch.float32):
+def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0.821,
+             cfg_scale=1.0, cfg_interval=(0.0, math.inf), guide=None, labels=None, batch_size=64,
+             dtype=torch.float32):
     """Yield (indices, images) batch by batch for the given image indices.
 
     images: numpy uint8 (b, H, W, C); float32 for a model of latents (where sigma_data is not 0.5 or
     channels are not 1 or 3). `labels`: class numbers that are cycled over the image indices (all
-    classes by default); ignored without classes. The image of an index depends on (seed, index).
+    classes by default); ignored without classes. Sampler and steps: see `noise_levels`; guidance:
+    see `guided`. The image of an index depends on (seed, index).
     """
     c = denoiser.config
     device = next(denoiser.parameters()).device
     labels = list(labels or range(c.num_classes))
-    sigmas = edm_sigmas(steps)
+    sampler, sigmas = noise_levels(c, sampler, steps, mid_sigma)
     for start in range(0, len(indices), batch_size):
         batch = list(indices[start : start + batch_size])
         streams = [image_generator(seed, i) for i in batch]
@@ -128,7 +195,8 @@ def generate(denoiser, indices, *, seed=0, sampler="heun", steps=18, cfg_scale=1
         if c.num_classes:
             classes = torch.tensor([labels[i % len(labels)] for i in batch], device=device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            x = sample_loop(guided(denoiser, classes, cfg_scale), draw(), sigmas, sampler, draw)
+            denoise = guided(denoiser, classes, cfg_scale, cfg_interval, guide)
+            x = sample_loop(denoise, draw(), sigmas, sampler, draw)
         images = unpatchify(x, c.patch_size).float().cpu()
         if not is_latent(c):
             images = (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -260,6 +328,17 @@ def parse_labels(text, num_classes):
     return labels
 
 
+def parse_interval(text):
+    """"0.2,5" -> (0.2, 5.0); exits with a sentence if that is no interval."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low, high = 1, 0
+    if not 0 <= low < high:
+        sys.exit(f"--cfg_interval is {text!r}, expected two noise levels, low then high: 0.2,5")
+    return [low, high]
+
+
 def pick_device(name, local_rank=0):
     """auto -> cuda, else mps, else cpu, as a torch.device; exits if the one asked for is not there."""
     mps = torch.backends.mps.is_available()
@@ -277,9 +356,15 @@ def main(argv=None):
     parser.add_argument("--num", type=int, default=64, help="number of images")
     parser.add_argument("--out", default="out/samples.png",
                         help=".png: a grid; .npz: arr_0; .npy: an array; else a folder of PNGs")
-    parser.add_argument("--steps", type=int, default=18, help="noise levels")
-    parser.add_argument("--sampler", choices=("heun", "euler", "churn"), default="heun")
+    parser.add_argument("--steps", type=int, help="default: by the kind of model, 18 or 1")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="default: by the kind of model")
+    parser.add_argument("--mid_sigma", type=float, help="second noise level of consistency "
+                        "models (default 0.821; if tuned by cm_preset imagenet64 1.526)")
     parser.add_argument("--cfg_scale", type=float, default=1.0, help="guidance scale, 1 for none")
+    parser.add_argument("--guide_ckpt", help="guide by this weaker model instead of the null "
+                        "class, such as out/ft-0000400.pt")
+    parser.add_argument("--cfg_interval", default="0,inf",
+                        help="guide between these noise levels only, such as 0.2,5")
     parser.add_argument("--labels", help="classes to draw, such as 0,1,2, cycled over the images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=64)
@@ -288,7 +373,7 @@ def main(argv=None):
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args(argv)
     for name in ("num", "steps", "batch_size"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             sys.exit(f"--{name} is {getattr(args, name)}, expected at least 1")
     if args.seed < 0:
         sys.exit(f"--seed is {args.seed}, expected 0 or more")
@@ -296,22 +381,27 @@ def main(argv=None):
     device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     denoiser, checkpoint = load_denoiser(args.ckpt, args.weights, device)
     labels = parse_labels(args.labels, denoiser.config.num_classes)
-    if args.cfg_scale != 1 and not denoiser.config.num_classes:
-        sys.exit("--cfg_scale needs a model with classes: train it with --class_cond")
+    guide, weaker = None, None
+    if args.guide_ckpt:
+        guide, weaker = load_denoiser(args.guide_ckpt, args.weights, device)
+    check_guidance(denoiser, checkpoint, args.cfg_scale, guide)
     suffix = os.path.splitext(args.out)[1]
     if is_latent(denoiser.config) and suffix not in (".npy", ".png"):
         sys.exit("this model makes latents: give an --out that ends in .npy, and decode that")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    settings = dict(seed=args.seed, sampler=args.sampler, steps=args.steps, labels=labels,
-                    cfg_scale=args.cfg_scale)
+    mid_sigma = args.mid_sigma if args.mid_sigma is not None else default_mid_sigma(checkpoint)
+    sampler, sigmas = noise_levels(denoiser.config, args.sampler, args.steps, mid_sigma)
+    settings = dict(seed=args.seed, sampler=sampler, steps=len(sigmas) - 1, mid_sigma=mid_sigma,
+                    labels=labels, cfg_scale=args.cfg_scale,
+                    cfg_interval=parse_interval(args.cfg_interval))
 
     def batches(indices):
-        return generate(denoiser, indices, batch_size=args.batch_size,
+        return generate(denoiser, indices, batch_size=args.batch_size, guide=guide,
                         dtype=getattr(torch, args.dtype), **settings)
 
     if rank == 0:
         print(f"{args.num} samples of {args.ckpt}, step {checkpoint['step']}, {args.weights} "
-              f"weights, {args.sampler} {args.steps}, on {device}", file=sys.stderr)
+              f"weights, {sampler} {settings['steps']}, on {device}", file=sys.stderr)
     if suffix == ".png":
         if rank == 0:
             bar = tqdm(range(0, args.num, args.batch_size), desc="sampling", unit="batch")
@@ -320,7 +410,8 @@ def main(argv=None):
             save_grid(args.out, np.concatenate(chunks))
     else:
         describe = dict(settings, num=args.num, batch_size=args.batch_size, weights=args.weights,
-                        dtype=args.dtype, step=checkpoint["step"], run=checkpoint.get("run_id"))
+                        dtype=args.dtype, step=checkpoint["step"], run=checkpoint.get("run_id"),
+                        guide=[weaker["step"], weaker.get("run_id")] if guide else None)
         write_all(args.out, batches, args.num, args.batch_size, describe, rank, world)
     if rank == 0:
         print(f"wrote {args.out}", file=sys.stderr)

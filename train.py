@@ -3,6 +3,7 @@
 python train.py --mask_ratio=0.9                          # stage 1 -> out/pt.pt
 python train.py --init_from=out/pt.pt                     # stage 2 -> out/ft.pt
 python train.py                                           # whole images from scratch, to compare
+python train.py --loss=consistency --init_from=out/ft.pt  # for 1 or 2 steps -> out/cm.pt
 torchrun --nproc_per_node=8 train.py --mask_ratio=0.9     # the same run on 8 GPUs
 torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
 python train.py --resume                                  # go on after an interruption
@@ -26,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,8 +36,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import sample
-from model import (PRESETS, Denoiser, ModelConfig, architecture, count_visible, denoising_loss,
-                   load_checkpoint, patchify, previous_name, sample_visible, save_checkpoint)
+from model import (PRESETS, Denoiser, ModelConfig, architecture, consistency_function,
+                   consistency_loss, consistency_step, count_hidden, count_visible, denoising_loss,
+                   load_checkpoint, patchify, posterior_mean, previous_name, reconstruction_loss,
+                   sample_visible, save_checkpoint, stored_config, take)
 from prepare_data import Parser, open_dataset, prepare
 
 # ---------------------------------------------------------------------------------------------
@@ -56,6 +60,9 @@ class Config:
     resume: str | None = setting(None, "go on with the last run; 'auto': if there is one")
     # masking
     mask_ratio: float = setting(0.0, "share of the patches hidden; > 0 is stage 1")
+    mask_ratio_end: float | None = setting(None, "share at the end of the run; default: mask_ratio")
+    mask_schedule: str = setting("cosine4", "way from the one to the other; cosineK: cos(pi/2 x)^K",
+                                 choices=("linear", "cosine", "cosine2", "cosine4"))
     mask_type: str = setting("block", "what is hidden", choices=("patch", "block", "crop"))
     block_size: int = setting(2, "patches a side of a hidden block")
     # network
@@ -64,18 +71,38 @@ class Config:
     depth: int | None = setting(None, "blocks; overrides the preset")
     heads: int | None = setting(None, "attention heads; overrides the preset")
     patch_size: int | None = setting(None, "pixels a side of a patch; overrides the preset")
+    decoder_depth: int | None = setting(None, "more blocks that see all patches again (MaskDiT)")
+    decoder_dim: int | None = setting(None, "their width; default: dim")
+    decoder_heads: int | None = setting(None, "their attention heads; default: heads")
+    dense_depth: int | None = setting(None, "first blocks that see all patches, too (SPRINT)")
+    mae_weight: float = setting(0.1, "weight of the decoder's reconstruction of hidden patches")
     class_cond: bool = setting(False, "condition on the labels of the data set")
     label_dropout: float = setting(0.1, "share of labels replaced by the null class")
+    # consistency tuning: ECT, and SCT with reference images
+    loss: str = setting("diffusion", "what is learned", choices=("diffusion", "consistency"))
+    cm_preset: str = setting("cifar10", "ECT's settings for", choices=("cifar10", "imagenet64"))
+    cm_q: float = setting(2.0, "the gap 1 - r/t of a pair of noise levels shrinks so much a stage")
+    cm_k: float = setting(8.0, "how much wider the gap is at low noise; 0: alike")
+    cm_b: float = setting(1.0, "how fast that falls with the noise level")
+    cm_stage_length: int | None = setting(None, "steps of a stage; default: an eighth of the run")
+    cm_smooth: bool = setting(False, "close the pairs in every step rather than by stages")
+    cm_c: float = setting(0.0, "constant of the pseudo-Huber distance")
+    cm_weight: str = setting("gap", "1/(t - r), or 1/t^2 + 1/sigma_data^2", choices=("gap", "edm"))
+    cm_segments: int = setting(1, "segments of the noise levels, one sampling step each")
+    ref_batch: int = setting(0, "images whose mean directs the target (SCT); 0: one (ECT)")
     # optimization
     batch_size: int | None = setting(None, "images a step, over all processes")
-    micro_batch: int | None = setting(None, "images a process takes at once; default: its share")
+    micro_batch: int | None = setting(None, "images a process takes at once; default: its "
+                                    "share, on a CPU as many as keep its caches warm")
     steps: int | None = setting(None, "optimizer steps of the whole run")
-    lr: float | None = setting(None, "learning rate of AdamW")
-    lr_schedule: str | None = setting(None, "after the warm-up", choices=("constant", "cosine"))
+    optimizer: str = setting("adamw", "optimizer", choices=("adamw", "radam"))
+    lr: float | None = setting(None, "learning rate")
+    lr_schedule: str | None = setting(None, "after the warm-up; rsqrt: falls from step 2000 on",
+                                      choices=("constant", "cosine", "rsqrt"))
     warmup: int = setting(100, "steps of linear warm-up")
-    weight_decay: float = setting(0.03, "weight decay of AdamW")
-    beta1: float | None = setting(None, "first beta of AdamW")
-    beta2: float = setting(0.99, "second beta of AdamW")
+    weight_decay: float = setting(0.03, "decay of the weights")
+    beta1: float | None = setting(None, "first beta of the optimizer")
+    beta2: float = setting(0.99, "second beta of the optimizer")
     grad_clip: float = setting(1.0, "largest norm of the gradient, 0 for no limit")
     ema: float = setting(0.999, "decay of the averaged weights, with a warm-up")
     p_mean: float = setting(-1.2, "mean of ln sigma in training (EDM table 1)")
@@ -95,19 +122,32 @@ class Config:
     keep_every: int = setting(0, "a checkpoint that stays, NAME-STEP.pt")
 
 
-# Stage 1, stage 2, by machine. On a CPU both stages on the built-in faces take about ten minutes on
-# two cores; on a GPU these are MaskDM's network, batch and optimizer at 64 px.
+# What a consistency run takes where no flag says otherwise (ECT, arXiv 2406.14548, appendix; its
+# networks have dropout 0.2 besides, this one has none).
+CONSISTENCY = {
+    "cifar10": dict(p_mean=-1.1, p_std=2.0, cm_q=2.0, cm_c=0.0, cm_weight="gap", optimizer="radam",
+                    beta1=0.9, beta2=0.999, weight_decay=0.0, ema=0.9999),
+    "imagenet64": dict(p_mean=-0.8, p_std=1.6, cm_q=4.0, cm_c=0.06, cm_weight="edm",
+                       optimizer="adamw", beta1=0.9, beta2=0.99, weight_decay=0.0, lr=1e-3, lr_schedule="rsqrt"),
+}
+# Stage 1, stage 2, consistency tuning, by machine. On a CPU both stages on the built-in faces take
+# about ten minutes on two cores; on a GPU these are MaskDM's network, batch and optimizer at 64 px.
 DEFAULTS = {
-    ("cpu", 1): dict(preset="demo", batch_size=48, steps=2500, lr=4e-3, beta1=0.9, lr_schedule="constant",
-                     eval_every=500, sample_every=0, save_every=500),
-    ("cpu", 2): dict(preset="demo", batch_size=16, steps=1200, lr=2e-3, beta1=0.9, lr_schedule="cosine",
-                     eval_every=400, sample_every=400, save_every=400),
+    ("cpu", 1): dict(preset="demo", batch_size=48, steps=2500, lr=4e-3, beta1=0.9,
+                     lr_schedule="constant", eval_every=500, sample_every=0, save_every=500),
+    ("cpu", 2): dict(preset="demo", batch_size=16, steps=1200, lr=2e-3, beta1=0.9,
+                     lr_schedule="cosine", eval_every=400, sample_every=400, save_every=400),
+    ("cpu", 3): dict(preset="demo", batch_size=32, steps=1200, lr=1e-3, beta1=0.9,
+                     lr_schedule="constant", eval_every=400, sample_every=400, save_every=400),
     ("gpu", 1): dict(preset="maskdm-64", batch_size=256, steps=100_000, lr=2e-4, beta1=0.99,
                      lr_schedule="constant", eval_every=2000, sample_every=0, save_every=2000),
     ("gpu", 2): dict(preset="maskdm-64", batch_size=128, steps=100_000, lr=2e-4, beta1=0.99,
                      lr_schedule="constant", eval_every=2000, sample_every=5000, save_every=2000),
+    ("gpu", 3): dict(preset="maskdm-64", batch_size=128, steps=200_000, lr=1e-4, beta1=0.9,
+                     lr_schedule="constant", eval_every=2000, sample_every=5000, save_every=2000),
 }
-ARCHITECTURE = ("dim", "depth", "heads", "patch_size")  # settings that a checkpoint decides
+DECODER = ("decoder_depth", "decoder_dim", "decoder_heads", "dense_depth")
+ARCHITECTURE = ("dim", "depth", "heads", "patch_size", *DECODER)  # a checkpoint decides these
 
 
 def parse_flags(argv):
@@ -135,25 +175,56 @@ def resolve(given, previous, device):
             sys.exit(f"the run has the setting {key} = {value!r}, which this train.py does not "
                      "know: resume it with the version that made it")
     cfg = Config(**(previous | given))
-    stage = 1 if cfg.mask_ratio > 0 else 2
+    if cfg.loss == "consistency":
+        chosen = CONSISTENCY[cfg.cm_preset]
+        cfg = Config(**(chosen | previous | (chosen if "cm_preset" in given else {}) | given))
+    stage = {"pt": 1, "ft": 2, "cm": 3}[run_name(asdict(cfg))]
     for name, value in DEFAULTS["cpu" if device.type == "cpu" else "gpu", stage].items():
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
     if cfg.compile is None:
         cfg.compile = device.type == "cuda"
+    if cfg.loss == "consistency" and cfg.cm_stage_length is None:
+        cfg.cm_stage_length = max(1, math.ceil(cfg.steps / 8))
+    idle = {k: "--loss=consistency" for k in given if k.startswith("cm_") or k == "ref_batch"}
+    if cfg.loss == "consistency":
+        idle = {}
+    if not cfg.decoder_depth and "init_from" not in given and not previous:
+        needs_decoder = ("decoder_dim", "decoder_heads", "mae_weight")
+        idle |= {k: "--decoder_depth" for k in given if k in needs_decoder}
+    if cfg.mask_ratio_end is None:
+        idle |= {k: "--mask_ratio_end" for k in given if k == "mask_schedule"}
+    for name, needed in idle.items():
+        sys.exit(f"--{name} does nothing without {needed}: give that, too, or leave it out")
     return cfg
+
+
+def run_name(settings):
+    """pt: ends masked (stage 1); ft: ends with whole images (stage 2); cm: consistency tuning."""
+    end = settings.get("mask_ratio_end")
+    end = settings.get("mask_ratio", 0) if end is None else end
+    return "cm" if settings.get("loss") == "consistency" else "pt" if end > 0 else "ft"
 
 
 def check(cfg):
     """Exit with a sentence on a value that no run can have."""
     at_least = dict(batch_size=1, steps=0, warmup=0, seed=0, block_size=1, log_every=0,
                     save_every=0, eval_every=0, sample_every=0, save_minutes=0, keep_every=0,
-                    weight_decay=0, grad_clip=0, lr=0, p_std=0)
+                    weight_decay=0, grad_clip=0, lr=0, p_std=0, mae_weight=0, cm_k=0, cm_b=0,
+                    cm_c=0, cm_segments=1, ref_batch=0)
+    if cfg.cm_stage_length is not None:
+        at_least["cm_stage_length"] = 1
     for name, low in at_least.items():
         if not getattr(cfg, name) >= low:
             sys.exit(f"--{name} is {getattr(cfg, name)}, expected at least {low}")
-    for name in ("ema", "beta1", "beta2", "label_dropout", "mask_ratio"):
-        if not 0 <= getattr(cfg, name) < 1:
+    if cfg.loss == "consistency":
+        stages = math.ceil(cfg.steps / cfg.cm_stage_length)
+        if cfg.cm_q <= 1 or stages * math.log2(cfg.cm_q) > 20:
+            sys.exit(f"--cm_q is {cfg.cm_q} in {stages} stages, expected more than 1, and in all "
+                     "less than 2^20 (float32 tells no closer noise levels apart): give a longer "
+                     "--cm_stage_length")
+    for name in ("ema", "beta1", "beta2", "label_dropout", "mask_ratio", "mask_ratio_end"):
+        if not 0 <= (getattr(cfg, name) or 0) < 1:
             sys.exit(f"--{name} is {getattr(cfg, name)}, expected at least 0 and below 1")
 
 
@@ -164,6 +235,20 @@ def check(cfg):
 def seed_of(*numbers):
     """One 63-bit seed for a tuple of non-negative numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
+
+
+def mask_ratios(cfg, grid):
+    """The share of patches hidden in each part of the run: one value, or six with mask_ratio_end.
+
+    The shape cosine4 is MaskDiT's, 0.5 cos(pi/2 x)^4 over the share x of the run. In six stairs,
+    because a compiled network is compiled anew for each number of visible patches.
+    """
+    if cfg.mask_ratio_end is None:
+        return [cfg.mask_ratio]
+    power = 0 if cfg.mask_schedule == "linear" else int(cfg.mask_schedule[6:] or 1)
+    shape = [math.cos(math.pi / 2 * i / 5) ** power if power else 1 - i / 5 for i in range(6)]
+    ratios = [cfg.mask_ratio_end + (cfg.mask_ratio - cfg.mask_ratio_end) * share for share in shape]
+    return [r if count_hidden(grid, r, cfg.mask_type, cfg.block_size) else 0.0 for r in ratios]
 
 
 def gather_patches(images, index, visible, patch_size, flip):
@@ -192,6 +277,7 @@ class Stream:
     def __init__(self, images, labels, cfg, config, device=torch.device("cpu"), rank=0, world=1):
         self.images, self.labels, self.cfg, self.config = images, labels, cfg, config
         self.device = device
+        self.ratios = mask_ratios(cfg, config.grid)
         self.share = slice(rank * cfg.batch_size // world, (rank + 1) * cfg.batch_size // world)
         self.epochs = {}
 
@@ -206,8 +292,9 @@ class Stream:
     def load(self, step):
         """This process's part, b images, of the batch of a step.
 
-        index (b,) numpy; on the device: clean (b, K, p*p*C) in [-1, 1], noise like it, sigma (b,),
-        visible (b, K) or None for the whole image, labels (b,) or None.
+        index (b,) numpy; on the device: clean (b, K, p*p*C) in [-1, 1] (all N patches if there is a
+        decoder), noise like it, sigma (b,), visible (b, K) or None for the whole image, labels (b,)
+        or None.
         """
         cfg, config, n = self.cfg, self.config, len(self.images)
         g = torch.Generator().manual_seed(seed_of(cfg.seed, 1, step))
@@ -215,14 +302,15 @@ class Stream:
         sigma = ln_sigma[self.share].exp()
         flip = torch.rand(cfg.batch_size, generator=g)[self.share].numpy() < 0.5 * cfg.hflip
         dropped = torch.rand(cfg.batch_size, generator=g)[self.share] < cfg.label_dropout
-        visible = sample_visible(cfg.batch_size, config.grid, cfg.mask_ratio, cfg.mask_type,
-                                 cfg.block_size, generator=g)
+        ratio = self.ratios[min(len(self.ratios) * step // max(1, cfg.steps), len(self.ratios) - 1)]
+        visible = sample_visible(cfg.batch_size, config.grid, ratio, cfg.mask_type, cfg.block_size,
+                                 generator=g)
         positions = range(step * cfg.batch_size, (step + 1) * cfg.batch_size)[self.share]
         index = np.array([self.order(q // n)[q % n] for q in positions])
-        if visible is None:
+        visible = None if visible is None else visible[self.share]
+        if visible is None or config.decoder_depth:  # a decoder is asked about the hidden ones, too
             shown = np.arange(config.grid**2)[None].repeat(len(index), axis=0)
         else:
-            visible = visible[self.share]
             shown = visible.numpy()
         clean = torch.from_numpy(gather_patches(self.images, index, shown, config.patch_size, flip))
         labels = None
@@ -231,11 +319,32 @@ class Stream:
             labels = torch.where(dropped, config.num_classes, labels)
 
         clean, sigma, visible, labels = (self.move(t) for t in (clean, sigma, visible, labels))
-        clean = clean.float().div_(127.5).sub_(1) if clean.dtype == torch.uint8 else clean
+        clean = self.as_float(clean)
         g = torch.Generator(self.device).manual_seed(seed_of(cfg.seed, 2, step))
         noise = torch.randn(cfg.batch_size, *clean.shape[1:], generator=g, device=self.device)
         return dict(index=index, clean=clean, noise=noise[self.share], sigma=sigma, visible=visible,
-                    labels=labels)
+                    labels=labels, **self.references(step))
+
+    def references(self, step):
+        """The whole images that a batch shares to average over (SCT), and their labels."""
+        cfg, config = self.cfg, self.config
+        if cfg.loss != "consistency" or cfg.ref_batch < 2:  # each image alone is ECT
+            return {}
+        g = torch.Generator().manual_seed(seed_of(cfg.seed, 5, step))
+        index = torch.randint(len(self.images), (cfg.ref_batch - 1,), generator=g).numpy()
+        flip = torch.rand(len(index), generator=g).numpy() < 0.5 * cfg.hflip
+        everything = np.arange(config.grid**2)[None].repeat(len(index), axis=0)
+        images = gather_patches(self.images, index, everything, config.patch_size, flip)
+        labels = None
+        if config.num_classes:
+            labels = torch.from_numpy(self.labels[index].astype(np.int64))
+        return dict(references=self.as_float(self.move(torch.from_numpy(images))),
+                    reference_labels=self.move(labels))
+
+    @staticmethod
+    def as_float(t):
+        """8-bit values to [-1, 1]; latents as they are."""
+        return t.float().div_(127.5).sub_(1) if t.dtype == torch.uint8 else t
 
     def move(self, t):
         """To the device, without waiting for a GPU."""
@@ -245,11 +354,50 @@ class Stream:
         return t.to(self.device, non_blocking=self.device.type == "cuda")
 
 
-def objective(model, config, clean, noise, sigma, visible, labels):
-    """The denoising loss of each image of a batch, (b,): masked or whole, the same line."""
+def objective(model, config, clean, noise, sigma, visible, labels, mae_weight=0.0):
+    """The loss of each image of a batch, (b,): masked or whole, the same line.
+
+    A decoder also answers for hidden patches. After MaskDiT's encoder they are reconstructed; where
+    the first blocks have seen them (dense_depth > 0) they are denoised like the others.
+    """
     noisy = clean + sigma.view(-1, 1, 1) * noise
     denoised = model(noisy, sigma, visible, labels)
-    return denoising_loss(denoised.float(), clean, sigma, config.sigma_data)
+    if visible is None or not config.decoder_depth or config.dense_depth:
+        return denoising_loss(denoised, clean, sigma, config.sigma_data)
+    loss = denoising_loss(take(denoised, visible), take(clean, visible), sigma, config.sigma_data)
+    return loss + mae_weight * reconstruction_loss(denoised, noisy, visible)
+
+
+def consistency_objective(model, config, cfg, step, edges, clean, noise, sigma, visible, labels,
+                          references=None, reference_labels=None):
+    """The consistency loss of each image, (b,): ECT's, or SCT's if there are references.
+
+    The answer at sigma = t is drawn to the answer of the same network, without gradient, at the
+    lower level r, where x is one step along the estimated ODE from x_t. edges (m + 1,): the
+    segments' noise levels, from 80 to 0 (sample.segment_edges).
+    """
+    t, noisy = sigma, clean + sigma.view(-1, 1, 1) * noise
+    lower = torch.where(edges[1:] < t[:, None], edges[1:], 0).amax(dim=1)  # of t's segment
+    stage = step / cfg.cm_stage_length
+    stage = stage if cfg.cm_smooth else math.floor(stage)
+    r = torch.maximum(consistency_step(t, stage, cfg.cm_q, cfg.cm_k, cfg.cm_b), lower)
+    goal = clean  # where the ODE leads, judged by this image alone
+    if references is not None:
+        allowed = None
+        if labels is not None:
+            null = labels[:, None] == config.num_classes
+            allowed = (labels[:, None] == reference_labels) | null
+        seen = None if config.decoder_depth else visible
+        goal = posterior_mean(noisy, clean, t, references, allowed, seen)
+    x_r = noisy + ((r - t) / t).view(-1, 1, 1) * (noisy - goal)
+    with torch.no_grad():
+        level = torch.where(r > lower, r, t)  # where r = lower the answer is x_r itself
+        below = consistency_function(model(x_r, level, visible, labels), x_r, level, lower)
+        target = torch.where((r > lower).view(-1, 1, 1), below, x_r)
+    above = consistency_function(model(noisy, t, visible, labels), noisy, t, lower)
+    if config.decoder_depth and not config.dense_depth:
+        above, target = take(above, visible), take(target, visible)
+    return consistency_loss(above, target, t, r, cfg.cm_c, cfg.cm_weight, config.sigma_data)
 
 
 def validation_set(images, labels, config, seed, limit=512):
@@ -268,16 +416,15 @@ def validation_set(images, labels, config, seed, limit=512):
 
 
 @torch.no_grad()
-def validate(model, config, data, autocast, device, rank, world, batch):
-    """Mean denoising loss over the validation set; the processes share the work."""
+def validate(loss_of, data, autocast, device, rank, world, batch):
+    """Mean loss over the validation set; the processes share the work."""
     total = torch.zeros((), dtype=torch.float64)
     for start in range(rank * batch, len(data["clean"]), world * batch):
         part = {k: None if t is None else t[start : start + batch].to(device)
                 for k, t in data.items()}
-        if part["clean"].dtype == torch.uint8:
-            part["clean"] = part["clean"].float() / 127.5 - 1
+        part["clean"] = Stream.as_float(part["clean"])
         with autocast:
-            total += objective(model, config, visible=None, **part).sum().cpu().double()
+            total += loss_of(visible=None, **part).sum().cpu().double()
     if world > 1:
         total = total.to(device)
         dist.all_reduce(total)
@@ -294,9 +441,9 @@ def taken_up(given):
     out_dir = given.get("out_dir", Config.out_dir)
     if how is None:
         return None, None, None
-    names = ["pt.pt" if given.get("mask_ratio", 0) > 0 else "ft.pt"]
-    if how == "last" and not {"mask_ratio", "init_from"} & set(given):
-        names = ["pt.pt", "ft.pt"]  # nothing says which: the newest
+    names = [run_name(given) + ".pt"]
+    if how == "last" and not {"mask_ratio", "mask_ratio_end", "init_from", "loss"} & set(given):
+        names = ["pt.pt", "ft.pt", "cm.pt"]  # nothing says which: the newest
     files = [os.path.join(out_dir, n) for n in names]
     files = [f for f in files + [previous_name(f) for f in files] if os.path.exists(f)]
     if not files:
@@ -315,21 +462,23 @@ def taken_up(given):
     sys.exit(f"neither {path} nor {previous_name(path)} can be read: start afresh without --resume")
 
 
-def model_config(cfg, given, meta, start, resumed):
+def model_config(cfg, given, meta, start, resumed, say):
     """The network's configuration: from the checkpoint it starts from, else preset and flags."""
-    sizes = dict(PRESETS[cfg.preset])
+    sizes = dict.fromkeys(DECODER, 0) | PRESETS[cfg.preset]
     sizes.update({k: getattr(cfg, k) for k in ARCHITECTURE if getattr(cfg, k) is not None})
     if start:
-        theirs = start["architecture"]
+        theirs = architecture(stored_config(start))
         wanted = dict(PRESETS[given["preset"]]) if "preset" in given else {}
         wanted.update({k: given[k] for k in ARCHITECTURE if k in given}, channels=meta["channels"])
         for k, v in wanted.items():
-            if v != theirs[k]:
+            if v != theirs[k] and (resumed or k not in DECODER):
                 sys.exit(f"{k} is {v}, but {'the run' if resumed else cfg.init_from} has "
                          f"{theirs[k]}: leave the flag out, or start from another checkpoint")
         sizes = {k: theirs[k] for k in ARCHITECTURE}
-    for k in ARCHITECTURE:
-        setattr(cfg, k, sizes[k])
+        sizes.update({k: given[k] for k in DECODER if k in given})
+        if sizes["dense_depth"] != theirs["dense_depth"]:
+            say(f"dense_depth is {sizes['dense_depth']}, in {cfg.init_from} it was "
+                f"{theirs['dense_depth']}")
     classes = len(meta["class_names"] or []) if cfg.class_cond else 0
     if cfg.class_cond and not classes:
         sys.exit(f"--class_cond needs labels, and {cfg.data} has none: prepare it from a folder "
@@ -338,20 +487,25 @@ def model_config(cfg, given, meta, start, resumed):
     if classes != theirs:
         sys.exit(f"{cfg.data} has {classes} classes, but the run has {theirs}: resume on the data it "
                  "began with, or start a new run with --init_from")
-    return ModelConfig(image_size=meta["size"], channels=meta["channels"], num_classes=classes,
-                       sigma_data=meta["sigma_data"], **sizes)
+    segments = cfg.cm_segments if cfg.loss == "consistency" else 0
+    config = ModelConfig(image_size=meta["size"], channels=meta["channels"], num_classes=classes,
+                         sigma_data=meta["sigma_data"], cm_segments=segments, **sizes)
+    for k in ARCHITECTURE:
+        setattr(cfg, k, getattr(config, k))
+    return config
 
 
 def load_initial(denoiser, weights, path, say):
-    """Load another run's weights; only the label embedding may differ, and then starts afresh."""
+    """Load another run's weights; label embedding and decoder may differ, and then start afresh."""
     mine = denoiser.state_dict()
-    for name in [n for n in {*mine, *weights} if n.startswith("net.labels.")]:
-        if name not in mine or name not in weights or mine[name].shape != weights[name].shape:
-            say(f"the classes are not those of {path}: the label embedding starts afresh")
-            weights = {k: v for k, v in weights.items() if k != name}
-            if name in mine:
-                weights[name] = mine[name]
-    denoiser.load_state_dict(weights)
+    fits = {n for n in mine if n in weights and mine[n].shape == weights[n].shape}
+    differ = {n.split(".")[1] for n in {*mine, *weights} - fits}
+    if "labels" in differ:
+        say(f"the classes are not those of {path}: the label embedding starts afresh")
+    if differ - {"labels"}:
+        say(f"the decoder is not that of {path}: left out, or begun afresh: "
+            + ", ".join(sorted(differ - {"labels"})))
+    denoiser.load_state_dict(mine | {n: weights[n] for n in fits})
 
 
 def pick_dtype(name, device):
@@ -366,11 +520,25 @@ def pick_dtype(name, device):
     return torch.bfloat16 if fast else torch.float32
 
 
+def pick_micro_batch(wanted, share, size, device):
+    """How many of a process's `share` of images to take at once; `size`: values of one's tokens.
+
+    On a CPU the largest divisor of the share with at most 2^20 values: larger tensors fall out of
+    the caches and come from the system anew each time (`tests/bench.py micro`).
+    """
+    if wanted or device.type != "cpu":
+        return min(wanted or share, share)
+    fits = [m for m in range(1, share + 1) if share % m == 0 and m * size <= 2**20]
+    return max(fits, default=min(1, share))
+
+
 def learning_rate(cfg, step):
-    """Linear warm-up, then constant or a cosine that ends at 1 % of the rate."""
+    """Linear warm-up, then constant, a cosine down to 1 %, or lr sqrt(2000/step) from 2000 on."""
     warm = min(1.0, (step + 1) / (cfg.warmup + 1))
     if cfg.lr_schedule == "constant":
         return cfg.lr * warm
+    if cfg.lr_schedule == "rsqrt":
+        return cfg.lr * warm * max(1, step / 2000) ** -0.5
     progress = min(1.0, max(0.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
     return cfg.lr * warm * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
 
@@ -408,6 +576,8 @@ def main(argv=None):
     previous = {k: v for k, v in (checkpoint or {}).get("config", {}).items() if k != "resume"}
     device = sample.pick_device((previous | given).get("device", "auto"), local)
     start = checkpoint
+    if given.get("loss") == "consistency" and not checkpoint and "init_from" not in given:
+        sys.exit("--loss=consistency tunes a trained model: give its --init_from=out/ft.pt")
     if not checkpoint and "init_from" in given:
         start = load_checkpoint(given["init_from"])
     cfg = resolve(given, previous, device)
@@ -429,10 +599,14 @@ def main(argv=None):
     val_images, val_labels, _ = open_dataset(cfg.data, "val")
     if start and not checkpoint and "class_cond" not in given and meta["class_names"]:
         cfg.class_cond = start["architecture"]["num_classes"] > 0  # stays what it was
-    config = model_config(cfg, given, meta, start, checkpoint is not None)
-    k = count_visible(config.grid, cfg.mask_ratio, cfg.mask_type, cfg.block_size)
+    config = model_config(cfg, given, meta, start, checkpoint is not None, say)
+    for ratio in {cfg.mask_ratio, cfg.mask_ratio_end or 0}:  # refuses what hides nothing
+        count_visible(config.grid, ratio, cfg.mask_type, cfg.block_size)
+    counts = [count_visible(config.grid, ratio, cfg.mask_type, cfg.block_size)
+              for ratio in mask_ratios(cfg, config.grid)]
+    k = max(counts)
     share = cfg.batch_size // world
-    micro = min(cfg.micro_batch or share, share)
+    micro = pick_micro_batch(cfg.micro_batch, share, k * config.dim, device)
     if micro < 1 or cfg.batch_size % (world * micro):
         sys.exit(f"batch_size {cfg.batch_size} is not divisible by {world} processes x micro_batch "
                  f"{cfg.micro_batch or 1}: change one of the three")
@@ -446,11 +620,13 @@ def main(argv=None):
     denoiser.to(device)
     ema = Denoiser(config).to(device).eval().requires_grad_(False)
     ema.load_state_dict(denoiser.state_dict())
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
-                                  weight_decay=cfg.weight_decay, fused=True)
+    kind = dict(adamw=partial(torch.optim.AdamW, fused=True),
+                radam=partial(torch.optim.RAdam, decoupled_weight_decay=True))[cfg.optimizer]
+    optimizer = kind(denoiser.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
+                     weight_decay=cfg.weight_decay)
     step = 0
     run_id = f"{seed_of(cfg.seed, time.time_ns()):016x}"
-    name = "pt" if cfg.mask_ratio > 0 else "ft"
+    name = run_name(asdict(cfg))
     path = path or os.path.join(cfg.out_dir, name + ".pt")
     if checkpoint:
         ema.load_state_dict(checkpoint["ema"])
@@ -485,7 +661,8 @@ def main(argv=None):
             sys.exit(f"the processes start from steps {-int(steps[1])} to {int(steps[0])}: "
                      f"{cfg.out_dir} must be on storage that all nodes share")
     if cfg.compile:
-        denoiser.compile()
+        torch._dynamo.config.recompile_limit = 16  # six mask ratios, with gradient and without
+        denoiser.compile(dynamic=False)
     model = denoiser
     if world > 1:
         gpu = [device] if device.type == "cuda" else None
@@ -498,8 +675,11 @@ def main(argv=None):
 
     say("\n".join(f"{key:>14} = {v}" for key, v in asdict(cfg).items() if v is not None))
     size = sum(p.numel() for p in denoiser.parameters()) / 1e6
-    say(f"{size:.2f} M parameters on {world} x {device} in {str(dtype)[6:]}; {len(images)} images; {k} "
-        f"of {config.grid**2} patches visible (mask ratio {1 - k / config.grid**2:.4g}); writing {path}")
+    say(f"{size:.2f} M parameters on {world} x {device} in {str(dtype)[6:]}; {len(images)} images; "
+        f"{counts[0]} of {config.grid**2} patches visible (mask ratio "
+        f"{1 - counts[0] / config.grid**2:.4g}); writing {path}")
+    if len(set(counts)) > 1:
+        say(f"visible patches in each sixth of the run: {', '.join(map(str, counts))}")
     if cfg.batch_size > len(images):
         say(f"a batch of {cfg.batch_size} holds images of this set of {len(images)} more than once")
 
@@ -528,9 +708,18 @@ def main(argv=None):
 
     def evaluate():
         batch = max(1, min(64, micro * k // config.grid**2))  # no more tokens than in training
-        loss = validate(ema, config, validation, autocast, device, rank, world, batch)
+        # A consistency loss is that of the last stage, to ECT's target, whatever is trained.
+        last = partial(loss_of, ema, step=cfg.steps - 1)
+        loss = validate(last, validation, autocast, device, rank, world, batch)
         log(val_loss=loss)
         say(f"step {step}: validation loss {loss:.4f}")
+
+    edges = sample.segment_edges(cfg.cm_segments).to(device, torch.float32)
+
+    def loss_of(model, step, **batch):
+        if cfg.loss == "consistency":
+            return consistency_objective(model, config, cfg, step, edges, **batch)
+        return objective(model, config, mae_weight=cfg.mae_weight, **batch)
 
     caught = []  # (signal, when)
 
@@ -569,6 +758,7 @@ def main(argv=None):
             torch.set_num_threads(threads)  # the loader's call changed MKL's number for all threads
         pending = loader.submit(stream.load, step + 1)
         index = batch.pop("index")
+        shared = {key: batch.pop(key) for key in ("references", "reference_labels") if key in batch}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
         loss = torch.zeros((), device=device)
@@ -577,9 +767,9 @@ def main(argv=None):
             for i in starts:
                 part = {key: None if t is None else t[i : i + micro] for key, t in batch.items()}
                 with nullcontext() if world == 1 or i == starts[-1] else model.no_sync():
-                    part_loss = objective(model, config, **part).mean() / len(starts)
-                    part_loss.backward()
-                loss += part_loss.detach()
+                    part_loss = loss_of(model, step, **part, **shared).mean()
+                    (part_loss / len(starts)).backward()
+                loss += part_loss.detach() / len(starts)
         if world > 1:
             dist.all_reduce(loss)
             loss /= world
@@ -587,7 +777,8 @@ def main(argv=None):
         loss, norm = torch.stack([loss, total_norm]).tolist()  # the step's one wait for the GPU
         if math.isfinite(loss) and math.isfinite(norm):
             if 0 < cfg.grad_clip < norm:
-                torch.nn.utils.clip_grads_with_norm_(denoiser.parameters(), cfg.grad_clip, total_norm)
+                torch.nn.utils.clip_grads_with_norm_(
+                    denoiser.parameters(), cfg.grad_clip, total_norm)
             optimizer.step()
             update_ema(ema, denoiser, cfg.ema, step)
             bad = 0

@@ -1,8 +1,7 @@
 """Where the time of a training step goes, on this machine, as ratios within one run.
 
 python tests/bench.py                      # everything (about 20 minutes on two cores)
-python tests/bench.py steps --only demo    # one section: peak, attention, steps, curve, sampling, data
-                                           # and, with --only, the cases whose name contains a word
+python tests/bench.py steps --only demo    # sections (see --help), cases whose name contains a word
 
 Every case of a section runs in a process of its own, so that its peak memory is its own; times are
 medians. MFU is the token FLOPs of a step (weights and attention, three forward passes' worth) over
@@ -10,7 +9,10 @@ the bfloat16 matrix product of 2048 x 2048 x 2048 timed in the same run.
 """
 
 import argparse
+import ctypes
 import json
+import math
+import mmap
 import os
 import resource
 import statistics
@@ -62,11 +64,18 @@ def matmul_peak(dtype, n=2048):
     return 2 * n**3 / clock(lambda: a @ b, repeats=15, warm=3)
 
 
-def token_flops(config, tokens, images):
-    """FLOPs of forward and backward over `tokens` visible tokens of `images` images, adaLN left out."""
-    k, d = tokens / images, config.dim
-    per_token = config.depth * (2 * 12 * d * d + 4 * k * d) + 2 * 2 * config.token_dim * d
-    return 3 * per_token * tokens
+def token_flops(config, k):
+    """FLOPs of forward and backward of one image with k visible tokens, adaLN left out."""
+    def blocks(depth, tokens, width):
+        return depth * tokens * (2 * 12 * width**2 + 4 * tokens * width)
+
+    c, n, width = config, config.grid**2, config.decoder_dim or config.dim
+    first, last = n if c.dense_depth else k, n if c.decoder_depth else k
+    forward = (2 * c.token_dim * (first * c.dim + last * width) + blocks(c.dense_depth, n, c.dim)
+               + blocks(c.depth - c.dense_depth, k, c.dim) + blocks(c.decoder_depth, n, width))
+    if c.decoder_depth:
+        forward += 2 * k * c.dim * width + (c.dense_depth > 0) * 2 * n * (c.dim + width) * width
+    return 3 * forward
 
 
 def products_share(work, dtype):
@@ -118,46 +127,92 @@ def attention(case):
 
 
 def steps(case):
-    """One training step, its parts timed apart."""
-    config = model.ModelConfig(image_size=case["size"], **model.PRESETS[case["preset"]])
-    cfg = train.Config(batch_size=case["batch"], mask_ratio=case["ratio"], mask_type="patch", lr=1e-4)
+    """One training step as train.py does it, its parts timed apart."""
+    config = model.ModelConfig(image_size=case["size"], channels=case.get("channels", 3),
+                               **model.PRESETS[case["preset"]] | case.get("decoder", {}))
+    cfg = train.Config(batch_size=case["batch"], mask_ratio=case["ratio"], mask_type="patch", lr=1e-4, steps=1)
     dtype = train.pick_dtype("auto", DEVICE)
-    parts = dict(data=0.0, forward=0.0, backward=0.0, clip=0.0, optimizer=0.0, ema=0.0)
     torch.manual_seed(0)
     denoiser, ema = model.Denoiser(config).to(DEVICE), model.Denoiser(config).to(DEVICE).requires_grad_(False)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4, fused=True)
+    if case.get("compile"):
+        denoiser.compile(dynamic=False)
+    k = model.count_visible(config.grid, case["ratio"])
+    micro = train.pick_micro_batch(case.get("micro"), case["batch"], k * config.dim, DEVICE)
+    autocast = torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
+
+    def forward(batch, i):
+        part = {key: None if t is None else t[i : i + micro] for key, t in batch.items()}
+        return train.objective(denoiser, config, **part, mae_weight=0.1).mean() / (case["batch"] / micro)
+
     with tempfile.TemporaryDirectory() as folder:
-        stream = train.Stream(random_set(folder, 2048, case["size"]), None, cfg, config, DEVICE)
-        records, warm = [], 1
-        for step in range(warm + case.get("repeats", 3)):
-            t = [now()]
+        stream = train.Stream(random_set(folder, 2048, case["size"], config.channels), None, cfg, config, DEVICE)
+        records, begun = [], now()
+        for step in range(1 + case.get("repeats", 3)):
+            parts = dict(data=0.0, forward=0.0, backward=0.0, clip=0.0, optimizer=0.0, ema=0.0)
+            t = now()
+
+            def lap(name):
+                nonlocal t
+                t, parts[name] = now(), parts[name] + now() - t
+
             batch = stream.load(step)
             del batch["index"]
-            t.append(now())
-            with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
-                loss = train.objective(denoiser, config, **batch).mean()
-            t.append(now())
-            loss.backward()
-            t.append(now())
-            torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
-            t.append(now())
+            lap("data")
+            with autocast:
+                for i in range(0, case["batch"], micro):
+                    loss = forward(batch, i)
+                    lap("forward")
+                    loss.backward()
+                    lap("backward")
+            norm = torch.nn.utils.get_total_norm(p.grad for p in denoiser.parameters())
+            if norm > 1:  # as in most steps of a run
+                torch.nn.utils.clip_grads_with_norm_(denoiser.parameters(), 1.0, norm)
+            lap("clip")
             optimizer.step()
-            t.append(now())
+            lap("optimizer")
             train.update_ema(ema, denoiser, 0.999, step)
             optimizer.zero_grad(set_to_none=True)
-            t.append(now())
-            records.append([b - a for a, b in zip(t, t[1:])])
+            lap("ema")
+            records.append(parts)
+            first_s = first_s if step else now() - begun  # with compilation, if any
         memory = peak_memory() / 1e9
-        outside = 1 - products_share(lambda: train.objective(denoiser, config, **batch).mean().backward(), dtype)
-    parts = dict(zip(parts, (statistics.median(c) for c in zip(*records[warm:]))))
+        outside = 1 - products_share(lambda: forward(batch, 0).backward(), dtype)
+    parts = {name: statistics.median(r[name] for r in records[1:]) for name in parts}
     total = sum(parts.values())
-    k = model.count_visible(config.grid, case["ratio"])
-    flops = token_flops(config, case["batch"] * k, case["batch"])
+    flops = token_flops(config, k) * case["batch"]
     bf16 = matmul_peak(torch.bfloat16)
-    return dict(visible=k, step_ms=total * 1e3, images_per_s=case["batch"] / total,
+    return dict(visible=k, at_once=micro, step_ms=total * 1e3, images_per_s=case["batch"] / total,
                 tokens_per_s=case["batch"] * k / total, gflops=flops / total / 1e9,
-                mfu=flops / total / bf16, outside_products=outside, peak_gb=memory,
+                mfu=flops / total / bf16, outside_products=outside, peak_gb=memory, first_s=first_s,
                 **{f"{name}_ms": value * 1e3 for name, value in parts.items()})
+
+
+def tuning(case):
+    """What the reference images of SCT cost: reading them, their mean, and the whole step."""
+    config = model.ModelConfig(image_size=case["size"], cm_segments=1, **model.PRESETS["demo"])
+    cfg = train.Config(batch_size=case["batch"], loss="consistency", steps=8, cm_stage_length=1,
+                       ref_batch=case["references"])
+    denoiser = model.Denoiser(config).to(DEVICE)
+    dtype = train.pick_dtype("auto", DEVICE)
+    with tempfile.TemporaryDirectory() as folder:
+        stream = train.Stream(random_set(folder, 8192, case["size"]), None, cfg, config, DEVICE)
+        batch = stream.load(4)
+        del batch["index"]
+        noisy = batch["clean"] + batch["sigma"].view(-1, 1, 1) * batch["noise"]
+        reading = clock(lambda: stream.references(4))
+        edges = sample.segment_edges(1).to(DEVICE, torch.float32)
+        before = peak_memory()
+        averaging = clock(lambda: model.posterior_mean(noisy, batch["clean"], batch["sigma"], batch["references"]))
+        grown = peak_memory() - before
+
+        def step():
+            with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+                train.consistency_objective(denoiser, config, cfg, 4, edges, **batch).mean().backward()
+
+        whole = clock(step, repeats=3) if case["batch"] < 100 else math.nan
+    return dict(read_ms=reading * 1e3, mean_ms=averaging * 1e3, grown_mb=grown / 1e6, step_ms=whole * 1e3,
+                share_of_step=averaging / whole)
 
 
 def sampling(case):
@@ -167,6 +222,53 @@ def sampling(case):
     seconds = clock(lambda: list(sample.generate(denoiser, range(n), batch_size=n, sampler=case["sampler"],
                                                  steps=case["steps"])), repeats=1, warm=0)
     return dict(images_per_s=n / seconds)
+
+
+def waiting(case):
+    """Share of the time that train.py waits for data, from a file of which nothing is in memory.
+
+    The file is written, synced and dropped from the page cache; the run reads random images of it,
+    each for the first time. The first batch, which nothing can hide, is told apart.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        shape = (case["images"], case["size"], case["size"], 3)
+        chunk = np.random.default_rng(0).integers(0, 256, (256, *shape[1:]), dtype=np.uint8)
+        for name, n in (("train", shape[0]), ("val", 8)):
+            with open(f"{folder}/{name}.npy", "wb") as f:
+                header = dict(descr="|u1", fortran_order=False, shape=(n, *shape[1:]))
+                np.lib.format.write_array_header_1_0(f, header)
+                for i in range(0, n, 256):
+                    f.write(chunk[: n - i])
+                f.flush()
+                os.fsync(f.fileno())
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        meta = dict(num_train=shape[0], num_val=8, size=shape[1], channels=3, dtype="uint8", sigma_data=0.5,
+                    hash="bench", class_names=None)
+        Path(folder, "meta.json").write_text(json.dumps(meta))
+        in_memory = resident_share(f"{folder}/train.npy")
+        command = [sys.executable, str(Path(train.__file__)), f"--data={folder}", f"--out_dir={folder}",
+                   f"--steps={case['steps']}", "--log_every=1", "--eval_every=0", "--save_every=0",
+                   "--sample_every=0", "--seed=1", *case["flags"]]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        records = [r for r in map(json.loads, open(folder + "/log.jsonl")) if "images_per_s" in r]
+    (first, first_wait), (last, waited) = ((r["seconds"], r["seconds_waited_for_data"])
+                                           for r in (records[0], records[-1]))
+    return dict(file_gb=np.prod(shape) / 1e9, in_memory_before=in_memory, steps=case["steps"], s=last,
+                first_batch_s=first_wait, then_waited_s=waited - first_wait,
+                share=(waited - first_wait) / (last - first))
+
+
+def resident_share(path):
+    """Share of a file's pages that are in the page cache (mincore; Linux)."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED) as m:
+        pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        view = np.frombuffer(m, np.uint8)
+        if ctypes.CDLL(None).mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(size), pages):
+            return math.nan
+        share = float((np.frombuffer(pages, np.uint8) & 1).mean())
+        del view
+    return share
 
 
 def data(case):
@@ -181,7 +283,7 @@ def data(case):
                             repeats=3, warm=1)
         return dict(images_per_s=600 / seconds)
     config = model.ModelConfig(image_size=case["size"], **model.PRESETS["demo"])
-    cfg = train.Config(batch_size=case["batch"], mask_ratio=case["ratio"], mask_type="patch")
+    cfg = train.Config(batch_size=case["batch"], mask_ratio=case["ratio"], mask_type="patch", steps=1)
     with tempfile.TemporaryDirectory() as folder:
         stream = train.Stream(random_set(folder, 8192, case["size"]), None, cfg, config, DEVICE)
         counter = iter(range(10**6))
@@ -194,6 +296,8 @@ def big(n):
     return n if SMALL else 4 * n
 
 
+DECODER = dict(decoder_depth=4, decoder_dim=256, decoder_heads=4)
+DENSE = dict(depth=10, dense_depth=2, decoder_depth=2)
 CASES = {
     "peak": {"matrix products and copy": {}},
     "attention": {f"{s}": dict(shape=s) for s in [(256, 4, 16, 32), (192, 4, 28, 32), (64, 8, 26, 64),
@@ -202,21 +306,43 @@ CASES = {
     "steps": {
         **{f"512x13 64px ratio {r}": dict(size=64, preset="maskdm-64", batch=big(64), ratio=r)
            for r in (0, 0.5, 0.75, 0.9)},
-        **{f"512x13 64px ratio {r} batch 8": dict(size=64, preset="maskdm-64", batch=8, ratio=r)
-           for r in (0, 0.9)},
-        **{f"512x13 64px ratio {r} batch 128": dict(size=64, preset="maskdm-64", batch=128, ratio=r, repeats=1)
-           for r in (0, 0.9)},
+        **{f"512x13 64px ratio {r} batch 8": dict(size=64, preset="maskdm-64", batch=8, ratio=r, repeats=10)
+           for r in (0, 0.5, 0.9)},
         **{f"768x12 256px ratio {r}": dict(size=256, preset="maskdm-256", batch=big(2), ratio=r)
            for r in (0, 0.9)},
-        "demo 64px ratio 0.9": dict(size=64, preset="demo", batch=192, ratio=0.9, repeats=10),
-        "demo 64px ratio 0": dict(size=64, preset="demo", batch=32, ratio=0, repeats=10)},
+        "demo 64px ratio 0.9": dict(size=64, preset="demo", batch=48, ratio=0.9, repeats=20),
+        "demo 64px ratio 0": dict(size=64, preset="demo", batch=16, ratio=0, repeats=20)},
+    "micro": {f"512x13 64px ratio {r}, {m} at once": dict(size=64, preset="maskdm-64", batch=64, ratio=r, micro=m,
+                                                          repeats=1)
+              for r, m in ((0, 64), (0, 16), (0, 8), (0, 4), (0, 2), (0.5, 64), (0.5, 16), (0.5, 8), (0.9, 64),
+                           (0.9, 16))},
+    "compile": {f"{name} {'compiled' if c else 'plain'}": dict(case, compile=c)
+                for name, case in {
+                    "demo 64px ratio 0.9": dict(size=64, preset="demo", batch=48, ratio=0.9, repeats=20),
+                    "demo 64px ratio 0": dict(size=64, preset="demo", batch=16, ratio=0, repeats=20),
+                    "512x13 64px ratio 0.9": dict(size=64, preset="maskdm-64", batch=64, ratio=0.9)}.items()
+                for c in (False, True)},
+    "decoder": {f"384x12 32x32x4 latents ratio {r}{name}": dict(size=32, channels=4, preset="dit-s", batch=big(16),
+                                                                ratio=r, decoder=decoder)
+                for r, name, decoder in ((0, "", {}), (0.5, "", {}), (0.5, ", decoder 4x256", DECODER),
+                                         (0.75, ", decoder 4x256", DECODER), (0.75, ", sparse-dense 2+8+2", DENSE))},
     "curve": {f"512x13 64px ratio {r}": dict(size=64, preset="maskdm-64", batch=big(16), ratio=r)
               for r in (0, 0.25, 0.5, 0.625, 0.75, 0.875, 0.9, 0.95)},
     "sampling": {f"{s} {n}": dict(sampler=s, steps=n) for s, n in
                  (("heun", 18), ("euler", 50), ("consistency", 1), ("consistency", 2))},
+    "tuning": {f"{b} images, {r} references of {s} px": dict(batch=b, references=r, size=s)
+               for b, r, s in ((32, 256, 64), (32, 4096, 64), (256, 4096, 32))},
     "data": {**{f"stream 64px ratio {r}": dict(what="stream", size=64, batch=256, ratio=r) for r in (0, 0.9)},
              **{f"stream 256px ratio {r}": dict(what="stream", size=256, batch=32, ratio=r) for r in (0, 0.9)},
              "prepare 256 px PNG to 64 px": dict(what="prepare")},
+    "waiting": {
+        "demo 64px ratio 0.9": dict(images=200_000, size=64, steps=200, flags=["--mask_ratio=0.9"]),
+        "demo 64px ratio 0": dict(images=200_000, size=64, steps=60, flags=[]),
+        "512x13 64px ratio 0.9": dict(images=200_000, size=64, steps=20,
+                                      flags=["--mask_ratio=0.9", "--preset=maskdm-64", "--batch_size=64"]),
+        "512x13 64px ratio 0": dict(images=200_000, size=64, steps=8, flags=["--preset=maskdm-64", "--batch_size=8"]),
+        "768x12 256px ratio 0.9": dict(images=12_000, size=256, steps=20, flags=[
+            "--mask_ratio=0.9", "--preset=maskdm-256", "--batch_size=2", "--block_size=4"])},
 }
 
 
@@ -246,6 +372,11 @@ def report(section, rows):
             if "ratio 0.9" in name and whole and "step_ms" in whole and "demo" not in name:
                 print(f"\n{name}: time 1/{whole['step_ms'] / masked['step_ms']:.1f}, peak memory "
                       f"1/{whole['peak_gb'] / masked['peak_gb']:.1f} of ratio 0")
+    if section == "decoder":
+        whole = rows[0][1]
+        for name, row in rows[1:]:
+            print(f"\n{name}: {row['step_ms'] / whole['step_ms']:.2f} of the time, {row['peak_gb'] / whole['peak_gb']:.2f} "
+                  "of the peak memory of ratio 0 without a decoder")
     if section == "curve":
         k, t = (np.array([v[c] for v in values.values()]) for c in ("visible", "step_ms"))
         c, b, a = np.polyfit(k, t, 2)
@@ -262,7 +393,8 @@ def main():
     args = parser.parse_args()
     if args.case:
         section, case = json.loads(args.case)
-        print(json.dumps(globals()["steps" if section == "curve" else section](case)))
+        kind = globals()[section if section in globals() else "steps"]
+        print(json.dumps(kind(case)))
         return
     print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads")
     for section in args.section or CASES:

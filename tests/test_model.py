@@ -110,8 +110,11 @@ def test_an_untrained_network_is_the_best_linear_skip_and_has_edms_unit_loss():
     assert abs(loss.mean().item() - 1) < 0.01
 
 
-def plain_network(denoiser, x, sigma, positions, label=None):
-    """One image (K, d) through the published equations, loops and explicit softmax, from the weights."""
+def plain_network(denoiser, x, sigma, visible, label=None):
+    """One image through the published equations, loops and explicit softmax, from the weights.
+
+    x (K, d), its visible patches, or with a decoder (N, d), all of them; visible: their numbers.
+    """
     net, c = denoiser.net, denoiser.config
 
     def linear(m, v):
@@ -122,25 +125,48 @@ def plain_network(denoiser, x, sigma, positions, label=None):
         return (v - mean) / torch.sqrt(var + 1e-6)
 
     sd = c.sigma_data
-    h = linear(net.embed, x / math.sqrt(sigma**2 + sd**2)) + positions
     angle = math.log(sigma) / 4 * net.freq
     cond = torch.cat([torch.sin(angle), torch.cos(angle)])
     cond = linear(net.time[2], torch.nn.functional.silu(linear(net.time[0], cond)))
     if label is not None:
         cond = cond + net.labels.weight[label]
     cond = cond * torch.sigmoid(cond)
-    for block in net.blocks:
+
+    def run(block, heads, h):
         s1, a1, g1, s2, a2, g2 = linear(block.modulation, cond).chunk(6)
         q, k, v = linear(block.qkv, norm(h) * (1 + a1) + s1).chunk(3, dim=1)
-        heads = []
-        for i in range(c.heads):
-            part = slice(i * c.dim // c.heads, (i + 1) * c.dim // c.heads)
-            weights = torch.softmax(q[:, part] @ k[:, part].T / math.sqrt(c.dim // c.heads), dim=1)
-            heads.append(weights @ v[:, part])
-        h = h + g1 * linear(block.proj, torch.cat(heads, dim=1))
+        size = h.shape[1] // heads
+        attended = []
+        for i in range(heads):
+            part = slice(i * size, (i + 1) * size)
+            weights = torch.softmax(q[:, part] @ k[:, part].T / math.sqrt(size), dim=1)
+            attended.append(weights @ v[:, part])
+        h = h + g1 * linear(block.proj, torch.cat(attended, dim=1))
         u = linear(block.fc1, norm(h) * (1 + a2) + s2)
-        u = 0.5 * u * (1 + torch.erf(u / math.sqrt(2)))
-        h = h + g2 * linear(block.fc2, u)
+        return h + g2 * linear(block.fc2, 0.5 * u * (1 + torch.erf(u / math.sqrt(2))))
+
+    scaled = x / math.sqrt(sigma**2 + sd**2)
+    seen = visible.tolist()
+    if c.dense_depth:  # every patch goes through the first blocks, then the visible ones go on
+        h = torch.stack([linear(net.embed, scaled[n]) + net.positions[n] for n in range(len(x))])
+        for block in net.blocks[: c.dense_depth]:
+            h = run(block, c.heads, h)
+        shallow, h = h, torch.stack([h[n] for n in seen])
+    else:
+        patches = [scaled[n] for n in seen] if c.decoder_depth else list(scaled)
+        h = torch.stack([linear(net.embed, p) + net.positions[n] for p, n in zip(patches, seen)])
+    for block in net.blocks[c.dense_depth :]:
+        h = run(block, c.heads, h)
+    if c.decoder_depth:
+        rows = []
+        for n in range(len(x)):
+            row = linear(net.decoder_embed, h[seen.index(n)]) if n in seen else net.mask_token
+            if c.dense_depth:
+                row = linear(net.fuse, torch.cat([row, shallow[n]]))
+            rows.append(row + model.sincos_positions(c.grid, c.decoder_dim)[n])
+        h = torch.stack(rows)
+        for block in net.decoder:
+            h = run(block, c.decoder_heads, h)
     shift, scale = linear(net.modulation, cond).chunk(2)
     out = linear(net.head, norm(h) * (1 + scale) + shift)
     return sd**2 / (sigma**2 + sd**2) * x + sigma * sd / math.sqrt(sigma**2 + sd**2) * out
@@ -163,13 +189,60 @@ def test_masked_loss_and_gradients_equal_brute_force_image_by_image(ratio):
     expected = 0
     for i in range(3):
         s = sigma[i].item()
-        positions = torch.stack([denoiser.net.positions[n] for n in shown[i]]).double()
-        denoised = plain_network(denoiser, noisy[i][shown[i]], s, positions, labels[i])
+        denoised = plain_network(denoiser, noisy[i][shown[i]], s, shown[i], labels[i])
         patches = [(denoised[j] - clean[i, n]).square().mean() for j, n in enumerate(shown[i])]
         expected = expected + (s**2 + 0.25) / (s * 0.5) ** 2 * sum(patches) / len(patches) / 3
     assert torch.allclose(loss, expected, rtol=1e-10)
     for ours, theirs in zip(gradients, torch.autograd.grad(expected, parameters)):
         assert torch.allclose(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+DECODERS = [dict(decoder_depth=2, decoder_dim=48, decoder_heads=3),  # MaskDiT
+            dict(depth=3, dense_depth=1, decoder_depth=2)]  # SPRINT
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("ratio", [0, 0.5, 0.75])
+def test_the_decoder_equals_brute_force_image_by_image(ratio, decoder):
+    denoiser = random_denoiser(num_classes=3, **decoder)
+    x, _, sigma = random_batch()
+    labels = torch.tensor([0, 2, 3])
+    visible = sample_visible(3, 4, ratio, generator=torch.Generator().manual_seed(0))
+    shown = torch.arange(16).expand(3, 16) if visible is None else visible
+    ours = denoiser(x, sigma, visible, labels)
+    for i in range(3):
+        theirs = plain_network(denoiser, x[i], sigma[i].item(), shown[i], labels[i])
+        assert torch.allclose(ours[i], theirs, rtol=1e-7, atol=1e-9)
+
+
+def test_after_maskdits_encoder_hidden_patches_reach_nothing_but_their_own_skip():
+    x, _, sigma = random_batch()
+    visible = sample_visible(3, 4, 0.75, generator=torch.Generator().manual_seed(0))
+    hidden = torch.ones(3, 16, dtype=torch.bool).scatter(1, visible, False)
+    changed = torch.where(hidden[:, :, None], torch.randn_like(x), x)
+    skip = (0.25 / (sigma**2 + 0.25)).view(-1, 1, 1)
+    for decoder, blind in zip(DECODERS, (True, False)):  # SPRINT's first blocks do see them
+        denoiser = random_denoiser(**decoder)
+        moved = denoiser(changed, sigma, visible) - denoiser(x, sigma, visible)
+        assert torch.allclose(moved, skip * (changed - x)) == blind
+
+
+@pytest.mark.parametrize("k", [1, 7, 15])
+def test_reconstruction_loss_equals_a_loop_over_hidden_patches(k):
+    noisy, denoised, _ = random_batch()
+    visible = torch.stack([torch.randperm(16)[:k] for _ in range(3)])
+    expected = []
+    for i in range(3):
+        errors = []
+        for n in set(range(16)) - set(visible[i].tolist()):
+            patch = noisy[i, n].tolist()
+            mean = sum(patch) / 48
+            variance = sum((v - mean) ** 2 for v in patch) / 47
+            target = [(v - mean) / math.sqrt(variance + 1e-6) for v in patch]
+            errors.append(sum((d - t) ** 2 for d, t in zip(denoised[i, n].tolist(), target)) / 48)
+        expected.append(sum(errors) / len(errors))
+    ours = model.reconstruction_loss(denoised, noisy, visible)
+    assert torch.allclose(ours, torch.tensor(expected, dtype=torch.float64), rtol=1e-10)
 
 
 def test_everything_visible_is_the_whole_image():
@@ -198,17 +271,24 @@ def test_positions_tell_apart_all_patches_and_follow_the_formula():
     assert math.isclose(positions[row * 16 + col, 48 + j], math.cos(col / 10000 ** (j / 16)), abs_tol=1e-6)
 
 
-@pytest.mark.parametrize("ratio", [0, 0.75])
+@pytest.mark.parametrize("ratio", [0, 0.5, 0.75])
 @pytest.mark.parametrize("classes", [0, 3])
-def test_every_parameter_gets_a_gradient(ratio, classes):
-    denoiser = random_denoiser(num_classes=classes)
+@pytest.mark.parametrize("decoder", [{}, *DECODERS])
+def test_every_parameter_gets_a_gradient(ratio, classes, decoder):
+    denoiser = random_denoiser(num_classes=classes, **decoder)
     clean, noise, sigma = random_batch(b=4)
     visible = sample_visible(4, 4, ratio)
-    x = clean if visible is None else take(clean, visible)
+    x = take(clean, visible) if visible is not None and not decoder else clean
     labels = torch.tensor([0, 1, 2, 3]) if classes else None
     denoising_loss(denoiser(x, sigma, visible, labels), x, sigma, 0.5).mean().backward()
     for name, p in denoiser.named_parameters():
-        assert p.grad is not None and p.grad.abs().sum() > 0, name
+        unused = ratio == 0 and name == "net.mask_token"  # its gradient is zero, not absent
+        assert p.grad is not None and (p.grad.abs().sum() > 0) == (not unused), name
+
+
+def test_without_a_decoder_nothing_of_it_exists():
+    assert not [n for n in random_denoiser().state_dict() if "decoder" in n or "mask" in n or "fuse" in n]
+    assert "decoder_depth" in mistake(lambda _: ModelConfig(**CONFIG, dense_depth=1), [])
 
 
 def test_presets_have_the_published_sizes():

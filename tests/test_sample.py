@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import mistake, run
 from PIL import Image
+from scipy.integrate import solve_ivp
 
 import sample
 from model import Denoiser, ModelConfig, architecture, save_checkpoint
@@ -117,6 +118,37 @@ def test_guidance_is_the_stated_combination_and_skips_unused_branches():
     assert net.evaluated == [6, 6]
     assert torch.allclose(sample.guided(net, labels, 3)(x, 0.8), d_null + 3 * (d_label - d_null))
     assert net.evaluated == [6, 6, 12]
+
+
+def test_guidance_outside_its_interval_is_the_conditional_model():
+    net = TwoGaussians()
+    x, labels = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 0, 1])
+    limited, plain, full = (sample.guided(net, labels, scale, interval)
+                            for scale, interval in ((3, (0.5, 2)), (1, (0, math.inf)), (3, (0, math.inf))))
+    for sigma, same in ((0.5, plain), (0.51, full), (2.0, full), (2.01, plain)):
+        net.evaluated.clear()
+        assert torch.equal(limited(x, sigma), same(x, sigma))
+        assert net.evaluated == [6, 6] if same is plain else [12, 12]
+
+
+@pytest.mark.parametrize("scale", [0, 1, 2, 4])
+def test_guidance_moves_samples_of_two_gaussians_as_the_closed_form_says(scale):
+    # With D_label = mean of N(m, 1/4) given x, D_null that of the even mixture of m = -1, 1, guidance
+    # adds (g - 1) s^2/(s^2 + 1/4) (m - tanh(x/(s^2 + 1/4))) to D_label: scipy integrates that ODE.
+    noise = torch.linspace(-2.5, 2.5, 11, dtype=torch.float64)
+    labels = torch.ones(11, dtype=torch.long)
+    denoise = sample.guided(TwoGaussians(), labels, scale)
+    x = sample.sample_loop(denoise, noise, sample.edm_sigmas(400), "heun")
+
+    def slope(s, x):
+        shrink = s**2 / (s**2 + 0.25)
+        denoised = (0.25 * x + s**2) / (s**2 + 0.25) + (scale - 1) * shrink * (1 - np.tanh(x / (s**2 + 0.25)))
+        return (x - denoised) / s
+
+    exact = solve_ivp(slope, (80, 1e-3), 80 * noise.numpy(), rtol=1e-9, atol=1e-9).y[:, -1]
+    assert np.abs(x.numpy() - exact).max() < 0.01
+    if scale == 1:  # the ODE of one Gaussian: mean 1, deviation 1/2 exactly
+        assert np.abs(exact - (1 + (80 * noise.numpy() - 1) * 0.5 / math.sqrt(80**2 + 0.25))).max() < 0.01
 
 
 def test_noise_of_an_image_is_bit_identical_for_any_batch_size(tmp_path):
@@ -237,4 +269,8 @@ def test_bad_requests_get_a_sentence(tmp_path):
     assert "whole numbers" in mistake(sample.main, "--ckpt", cond, "--labels", "cat", *out)
     assert "needs a model with classes" in mistake(sample.main, "--ckpt", ckpt, "--cfg_scale", "2", *out)
     assert "at least 1" in mistake(sample.main, "--ckpt", ckpt, "--num", "0", *out)
+    assert "low then high" in mistake(sample.main, "--ckpt", cond, "--cfg_interval", "5,1", *out)
+    state = torch.load(cond, weights_only=True)
+    save_checkpoint(str(cond), state | {"config": state["config"] | {"label_dropout": 0.0}})
+    assert "label_dropout" in mistake(sample.main, "--ckpt", cond, "--cfg_scale", "2", *out)
     assert json.dumps([p.name for p in tmp_path.iterdir()]).count("x.png") == 0

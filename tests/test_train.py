@@ -14,8 +14,9 @@ import torch
 from conftest import ROOT, TINY, make_dataset, mistake, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import sample
 import train
-from model import ModelConfig, load_checkpoint, patchify
+from model import Denoiser, ModelConfig, load_checkpoint, patchify, reconstruction_loss
 
 
 def config_for(**changes):
@@ -107,6 +108,43 @@ def test_stage_1_makes_no_full_size_image(dataset, monkeypatch):
         train.Stream(images, None, cfg, config).load(0)
     visible_values = 12 * 4 * 48  # images x visible patches x values of a patch, a quarter of all
     assert max(sizes) == gathered[0].size == visible_values and gathered[0].dtype == np.uint8
+
+
+def test_the_mask_ratio_follows_its_schedule_in_six_stairs():
+    def ratios(**settings):
+        return train.mask_ratios(train.Config(**settings), 16)
+
+    assert ratios(mask_ratio=0.7) == [0.7]
+    x = np.arange(6) / 5
+    kinds = dict(linear=1 - x, cosine=np.cos(np.pi * x / 2), cosine2=np.cos(np.pi * x / 2) ** 2,
+                 cosine4=np.cos(np.pi * x / 2) ** 4)
+    for name, shape in kinds.items():
+        got = ratios(mask_ratio=0.5, mask_ratio_end=0.0, mask_schedule=name, mask_type="patch")
+        expected = 0.5 * shape
+        expected[expected < 1 / 256] = 0  # hides no patch of 256
+        assert np.allclose(got, expected, atol=1e-12)
+    up = ratios(mask_ratio=0.25, mask_ratio_end=0.75, mask_schedule="linear", mask_type="patch")
+    assert np.allclose(up, 0.25 + 0.1 * np.arange(6))
+
+
+def test_the_stream_shows_the_scheduled_number_of_patches(dataset):
+    images = np.load(dataset / "train.npy", mmap_mode="r")
+    cfg, config = config_for(mask_ratio=0.5, mask_ratio_end=0.0, mask_schedule="linear", mask_type="patch")
+    cfg.steps = 12
+    stream = train.Stream(images, None, cfg, config)
+    batches = [stream.load(step) for step in range(14)]
+    hidden = [16 - b["clean"].shape[1] for b in batches]
+    assert hidden == [8, 8, 6, 6, 4, 4, 3, 3, 1, 1, 0, 0, 0, 0]
+    assert batches[-1]["visible"] is None
+
+
+def test_a_decoder_gets_all_patches_and_the_visible_ones_marked(dataset):
+    images = np.load(dataset / "train.npy", mmap_mode="r")
+    cfg, config = config_for(mask_ratio=0.5, mask_type="patch")
+    config.decoder_depth = 1
+    batch = train.Stream(images, None, cfg, config).load(0)
+    assert batch["clean"].shape == batch["noise"].shape == (12, 16, 48)
+    assert batch["visible"].shape == (12, 8)
 
 
 def test_noise_levels_are_log_normal_and_labels_are_dropped_at_their_rate(labelled):
@@ -228,6 +266,21 @@ def test_sigterm_saves_and_the_resumed_run_is_the_undisturbed_one(dataset, tmp_p
     assert same_weights(tmp_path / "143/ft.pt", tmp_path / "130/ft.pt")
 
 
+def test_a_second_signal_ends_a_long_step_at_once(dataset, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), f"--data={dataset}", f"--out_dir={tmp_path}", *TINY,
+         "--batch_size=100000", "--micro_batch=10"], stderr=subprocess.DEVNULL)  # a step of minutes
+    while not (tmp_path / "log.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(3.5)
+    assert process.poll() is None  # it waits for the end of the step
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == 143
+
+
 def test_resume_finds_its_run_or_says_that_there_is_none(dataset, tmp_path, capsys):
     args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12", "--steps=2"] + TINY
     assert "found no" in mistake(train.main, *args, "--resume")
@@ -262,6 +315,56 @@ def test_fine_tuning_at_another_resolution_and_with_other_classes(dataset, label
     assert load_checkpoint(str(tmp_path / "ft.pt"))["architecture"]["num_classes"] == 0
 
 
+@pytest.mark.parametrize("network", [["--decoder_depth=1", "--decoder_dim=16"],
+                                     ["--dense_depth=1", "--decoder_depth=1"]])
+def test_a_masked_run_with_a_decoder_learns_goes_on_and_is_sampled(labelled, tmp_path, network):
+    args = [f"--data={labelled}", f"--out_dir={tmp_path}", "--batch_size=12"] + TINY
+    train.main(args + ["--steps=150", "--lr=4e-3", "--mask_ratio=0.5", "--mask_type=patch", "--class_cond"] + network)
+    curve = list(losses(tmp_path, "pt").values())
+    assert np.mean(curve[-3:]) < 0.85 * np.mean(curve[:2])
+    tune = [a for a in args if a.split("=")[0] not in ("--dim", "--depth", "--heads", "--patch_size")]
+    train.main(tune + ["--steps=3", f"--init_from={tmp_path}/pt.pt"])
+    stored = load_checkpoint(str(tmp_path / "ft.pt"))["architecture"]
+    assert stored["decoder_depth"] == 1 and stored["num_classes"] == 3
+    sample.main(["--ckpt", f"{tmp_path}/ft.pt", "--out", f"{tmp_path}/x.npz", "--steps=2", "--num=4",
+                 "--cfg_scale=2", "--cfg_interval=0.1,10"])
+    assert np.load(tmp_path / "x.npz")["arr_0"].shape == (4, 16, 16, 3)
+
+
+def test_a_decoder_can_be_dropped_or_added_at_init_from_but_not_at_resume(dataset, tmp_path, capsys):
+    args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12"] + TINY
+    train.main(args + ["--steps=2", "--mask_ratio=0.5", "--mask_type=patch", "--decoder_depth=1"])
+    assert "decoder_depth is 0" in mistake(
+        train.main, f"--out_dir={tmp_path}", "--resume", "--mask_ratio=0.5", "--decoder_depth=0")
+    capsys.readouterr()
+    train.main(args + ["--steps=0", f"--init_from={tmp_path}/pt.pt", "--decoder_depth=0"])
+    assert "decoder_embed, mask_token" in capsys.readouterr().err
+    masked, plain = (load_checkpoint(str(tmp_path / f"{n}.pt")) for n in ("pt", "ft"))
+    assert "net.mask_token" not in plain["model"] and "net.mask_token" in masked["model"]
+    for name in plain["model"]:
+        assert torch.equal(plain["model"][name], masked["ema"][name]), name
+    train.main(args + ["--steps=0", f"--init_from={tmp_path}/ft.pt", "--decoder_depth=2", "--mask_ratio=0.5",
+                       "--mask_type=patch"])
+    added = load_checkpoint(str(tmp_path / "pt.pt"))
+    assert added["architecture"]["decoder_depth"] == 2
+    assert torch.equal(added["model"]["net.embed.weight"], plain["ema"]["net.embed.weight"])
+
+
+def test_the_reconstruction_loss_has_its_weight(dataset):
+    images = np.load(dataset / "train.npy", mmap_mode="r")
+    cfg, config = config_for(mask_ratio=0.5, mask_type="patch")
+    config = ModelConfig(image_size=16, dim=32, depth=2, heads=2, decoder_depth=1)
+    denoiser = Denoiser(config)
+    torch.nn.init.normal_(denoiser.net.head.weight)
+    batch = train.Stream(images, None, cfg, config).load(0)
+    del batch["index"]
+    none, one, two = (train.objective(denoiser, config, **batch, mae_weight=w) for w in (0, 1, 2))
+    assert torch.allclose(two - none, 2 * (one - none), rtol=1e-4)
+    noisy = batch["clean"] + batch["sigma"].view(-1, 1, 1) * batch["noise"]
+    denoised = denoiser(noisy, batch["sigma"], batch["visible"])
+    assert torch.allclose(one - none, reconstruction_loss(denoised, noisy, batch["visible"]), rtol=1e-4)
+
+
 def test_latents_train_unscaled(tmp_path):
     data = make_dataset(tmp_path / "latents", size=8, channels=4, dtype=np.float32)
     train.main([f"--data={data}", f"--out_dir={tmp_path}", "--batch_size=12", "--steps=2"] + TINY)
@@ -288,18 +391,20 @@ def test_steps_that_are_not_finite_are_skipped_and_many_stop_the_run(dataset, tm
 
 
 @pytest.mark.parametrize("extra", [[], ["--micro_batch=2"]])
-def test_two_processes_give_the_loss_curve_and_gradients_of_one(labelled, tmp_path, extra):
+@pytest.mark.parametrize("network", [[], ["--decoder_depth=1", "--mask_ratio_end=0"]])
+def test_two_processes_give_the_loss_curve_and_gradients_of_one(labelled, tmp_path, extra, network):
     args = [f"--data={labelled}", "--batch_size=12", "--steps=20", "--log_every=1", "--mask_ratio=0.5",
             "--mask_type=patch", "--class_cond", "--lr_schedule=constant", "--grad_clip=0",
-            "--keep_every=1"] + TINY
+            "--keep_every=1", *network] + TINY
+    name = "ft" if network else "pt"
     train.main(args + [f"--out_dir={tmp_path}/one"])
     result = run("train.py", *args, *extra, f"--out_dir={tmp_path}/two", processes=2)
     assert result.returncode == 0, result.stderr
-    one, two = losses(tmp_path / "one", "pt"), losses(tmp_path / "two", "pt")
+    one, two = losses(tmp_path / "one", name), losses(tmp_path / "two", name)
     assert list(one) == list(two) == list(range(1, 21))
     assert np.allclose(list(one.values()), list(two.values()), rtol=1e-4)
     # AdamW hides errors of scale; its first moment after one step is a tenth of the gradient itself.
-    a, b = (load_checkpoint(str(tmp_path / d / "pt-0000001.pt"))["optimizer"]["state"] for d in ("one", "two"))
+    a, b = (load_checkpoint(str(tmp_path / d / f"{name}-0000001.pt"))["optimizer"]["state"] for d in ("one", "two"))
     for i in a:
         scale = a[i]["exp_avg"].abs().max()
         assert (a[i]["exp_avg"] - b[i]["exp_avg"]).abs().max() <= 1e-4 * scale

@@ -1,0 +1,303 @@
+"""Consistency tuning on Gaussian data, where every function has a closed form."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, mistake, run
+
+import sample
+import train
+from model import (Denoiser, ModelConfig, consistency_function, consistency_loss, consistency_step, load_checkpoint,
+                   posterior_mean)
+
+MEAN, STD = 0.3, 0.7  # each coordinate ~ N(0.3, 0.7^2)
+CONFIG = ModelConfig(image_size=4, channels=1, patch_size=2, dim=8, depth=1, heads=1)
+
+
+def ode(x, t, s):
+    """The probability-flow ODE from level t to level s: the distance to the mean shrinks."""
+    return MEAN + (x - MEAN) * torch.sqrt((STD**2 + s**2) / (STD**2 + t**2))
+
+
+def lower_edge(t, segments):
+    return max(e for e in sample.segment_edges(segments).tolist() if e < t)
+
+
+class Exact:
+    """D(x; t) of the exact consistency model: f(x, t) is the ODE's end at the segment's lower edge."""
+
+    def __init__(self, segments=1):
+        self.segments, self.calls = segments, []
+
+    def __call__(self, x, t, visible=None, labels=None):
+        self.calls.append((t.clone(), torch.is_grad_enabled()))
+        s = torch.tensor([lower_edge(v, self.segments) for v in t.tolist()], dtype=t.dtype)
+        t, s = t.view(-1, 1, 1), s.view(-1, 1, 1)
+        return (ode(x, t, s) - s / t * x) / (1 - s / t)
+
+
+def settings(**changes):
+    return train.Config(loss="consistency", **{**dict(steps=800, cm_stage_length=100, cm_k=0.0), **changes})
+
+
+def draw(b=6, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    clean, noise = torch.randn(2, b, 4, 4, generator=g, dtype=torch.float64)
+    return MEAN + STD * clean, noise
+
+
+def test_segment_edges_are_levels_of_the_sampling_schedule():
+    assert sample.segment_edges(1).tolist() == [80, 0]
+    root = lambda i, n: (80 ** (1 / 7) + i / n * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    assert np.allclose(sample.segment_edges(2), [80, root(1, 2), 0])
+    assert np.allclose(sample.segment_edges(4), [80, root(1, 4), root(2, 4), root(3, 4), 0])
+
+
+@pytest.mark.parametrize("segments", [1, 2, 4])
+@pytest.mark.parametrize("weight", ["gap", "edm"])
+@pytest.mark.parametrize("c", [0.0, 0.06])
+def test_the_exact_consistency_function_has_no_loss_along_the_exact_ode(segments, weight, c):
+    model, (clean, noise) = Exact(segments), draw()
+    for t in (0.01, 0.4, 3.0, 20.0, 79.0):
+        s = lower_edge(t, segments)
+        for share in (0.0, 0.3, 0.99):
+            t6, s6, r6 = (torch.full((6,), v, dtype=torch.float64) for v in (t, s, s + share * (t - s)))
+            x_t = clean + t * noise
+            x_r = ode(x_t, t6.view(-1, 1, 1), r6.view(-1, 1, 1))
+            f_t = consistency_function(model(x_t, t6), x_t, t6, s6)
+            f_r = x_r if share == 0 else consistency_function(model(x_r, r6), x_r, r6, s6)
+            loss = consistency_loss(f_t, f_r, t6, r6, c, weight)
+            assert (loss * (t6 - r6)).max() < 1e-9
+
+
+def residuals(monkeypatch, goals, t=2.0, segments=1):
+    """|f(x_t) - f(x_r)| as r comes closer to t, one row for each stage; goals(x_t) -> list of goals."""
+    clean, noise = draw(1)
+    sigma = torch.full((1,), t, dtype=torch.float64)
+    rows = []
+    for stage in (3, 4, 5, 6, 7):
+        row = []
+        for goal in goals(clean + t * noise):
+            monkeypatch.setattr(train, "posterior_mean", lambda *a: goal)
+            loss = train.consistency_objective(
+                Exact(segments), CONFIG, settings(cm_segments=segments), 100 * stage, sample.segment_edges(segments), clean,
+                noise, sigma, None, None, references=clean)
+            row.append(loss.item() * t * 2.0 ** -(stage + 1))
+        rows.append(row)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+def test_with_the_analytic_posterior_mean_the_residual_is_of_second_order(monkeypatch, segments):
+    exact = lambda x: [(STD**2 * x + 4 * MEAN) / (STD**2 + 4)]
+    found = residuals(monkeypatch, exact, segments=segments)[:, 0]
+    order = np.polyfit(np.arange(5), np.log2(found), 1)[0]
+    assert abs(order + 2) < 0.1
+
+
+def test_ects_residual_is_of_first_order_and_vanishes_on_average_only():
+    # p(y | x_t) is Gaussian and f linear: the two points mean +- deviation stand for the whole of it.
+    x, t = torch.full((1, 1, 1), 1.7, dtype=torch.float64), 2.0
+    mean, deviation = (STD**2 * x + t**2 * MEAN) / (STD**2 + t**2), STD * t / math.sqrt(STD**2 + t**2)
+    single, average = [], []
+    for stage in (3, 4, 5, 6, 7):
+        r = t * (1 - 2.0 ** -(stage + 1))
+        differences = [ode(x, torch.tensor(t), torch.tensor(0.0))
+                       - ode(x + (r - t) / t * (x - y), torch.tensor(r), torch.tensor(0.0))
+                       for y in (mean - deviation, mean + deviation)]
+        single.append(abs(differences[0].item()))
+        average.append(abs(sum(differences).item()) / 2)
+    orders = [np.polyfit(np.arange(5), np.log2(v), 1)[0] for v in (single, average)]
+    assert abs(orders[0] + 1) < 0.1 and abs(orders[1] + 2) < 0.1
+
+
+def test_posterior_mean_equals_loops_with_masks_and_classes():
+    g = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(2, 3, 4, 5, generator=g)
+    references = torch.randn(7, 4, 5, generator=g)
+    sigma = torch.tensor([0.3, 1.0, 5.0])
+    allowed = torch.rand(3, 7, generator=g) < 0.5
+    for visible in (None, torch.tensor([[0, 2], [3, 1], [1, 2]])):
+        shown = torch.arange(4).expand(3, 4) if visible is None else visible
+        y = torch.stack([clean[j][shown[j]] for j in range(3)])
+        x = y + sigma.view(-1, 1, 1) * torch.stack([noise[j][shown[j]] for j in range(3)])
+        ours = posterior_mean(x, y, sigma, references, allowed, visible)
+        for j in range(3):
+            candidates = [y[j]] + [references[i][shown[j]] for i in range(7) if allowed[j, i]]
+            logs = [-((x[j] - v).double() ** 2).sum().item() / (2 * sigma[j].item() ** 2) for v in candidates]
+            weights = [math.exp(v - max(logs)) for v in logs]
+            expected = sum(w * v for w, v in zip(weights, candidates)) / sum(weights)
+            assert torch.allclose(ours[j], expected, atol=1e-5)
+
+
+def test_the_reference_target_goes_from_ects_to_the_posterior_mean_and_its_variance_falls():
+    g = torch.Generator().manual_seed(0)
+    t, trials = 1.0, 400
+    x = torch.full((trials, 1, 2), 0.9)
+    mean, deviation = (STD**2 * x + t**2 * MEAN) / (STD**2 + t**2), STD * t / math.sqrt(STD**2 + t**2)
+    y = mean + deviation * torch.randn(trials, 1, 2, generator=g)  # images that may lie behind x
+    sigma, variance = torch.full((1,), t), {}
+    for size in (1, 16, 256, 4096):
+        targets = torch.cat([
+            posterior_mean(x[:1], y[i : i + 1], sigma, MEAN + STD * torch.randn(size - 1, 1, 2, generator=g))
+            for i in range(trials)])
+        variance[size] = targets.var(dim=0).mean().item()
+        if size == 1:
+            assert torch.equal(targets, y)
+        if size == 4096:
+            assert (targets - mean).abs().mean() < 0.02
+    print(variance)
+    values = list(variance.values())
+    assert abs(values[0] / deviation**2 - 1) < 0.15  # ECT's: that of the posterior itself
+    assert all(b < a / 4 for a, b in zip(values, values[1:]))
+
+
+def test_schedule_and_weights_have_the_values_computed_by_hand():
+    t = torch.tensor([0.002, 0.1, 1.0, 10.0, 80.0], dtype=torch.float64)
+    # 8 sigmoid(-t) + 1 by hand: 4.996, 4.800167, 3.151531, 1.000363, 1
+    wide = np.array([4.996, 4.800167, 3.151531, 1.000363, 1.0])
+    for stage, gap in ((0, 0.5), (1, 0.25), (4, 0.03125), (8, 0.001953125)):
+        expected = np.maximum(0, t.numpy() * (1 - gap * wide))
+        assert np.allclose(consistency_step(t, stage), expected, rtol=1e-6, atol=1e-9)
+        assert np.allclose(consistency_step(t, stage, k=0.0), t * (1 - gap))
+        assert np.allclose(consistency_step(t, stage, q=4.0, k=0.0), t * (1 - gap**2))
+    assert consistency_step(t, 0)[:3].tolist() == [0, 0, 0]
+    zero, far = torch.zeros(5, 1, 4, dtype=torch.float64), torch.full((5, 1, 4), 2.0, dtype=torch.float64)
+    r = t / 2  # the distance is |(2, 2, 2, 2)| = 4
+    assert np.allclose(consistency_loss(far, zero, t, r), [4000, 80, 8, 0.8, 0.1])
+    assert np.allclose(consistency_loss(far, zero, t, r, 3.0), [2000, 40, 4, 0.4, 0.05])  # sqrt(16 + 9) - 3
+    assert np.allclose(consistency_loss(far, zero, t, r, 0.0, "edm"), 4 * np.array([250004, 104, 5, 4.01, 4.00015625]))
+
+
+def test_the_network_is_asked_twice_and_the_target_gets_no_gradient():
+    torch.manual_seed(0)
+    denoiser = Denoiser(CONFIG).double()
+    torch.nn.init.normal_(denoiser.net.head.weight)
+    clean, noise = draw()
+    sigma = torch.linspace(0.5, 20, 6, dtype=torch.float64)
+    calls = []
+
+    def counted(x, t, visible=None, labels=None):
+        calls.append(torch.is_grad_enabled())
+        return denoiser(x, t, visible, labels)
+
+    loss = train.consistency_objective(counted, CONFIG, settings(), 300, sample.segment_edges(1), clean, noise, sigma,
+                                       None, None).mean()
+    assert sorted(calls) == [False, True]
+    ours = torch.autograd.grad(loss, list(denoiser.parameters()))
+    r = sigma * (1 - 2.0**-4)
+    with torch.no_grad():
+        target = denoiser(clean + r.view(-1, 1, 1) * noise, r)
+    distance = (denoiser(clean + sigma.view(-1, 1, 1) * noise, sigma) - target).square().sum(dim=(1, 2)).sqrt()
+    theirs = torch.autograd.grad((distance / (sigma - r)).mean(), list(denoiser.parameters()))
+    for a, b in zip(ours, theirs):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-12)
+
+
+def test_a_smooth_schedule_meets_the_stepwise_one_at_the_start_of_each_stage():
+    clean, noise = draw()
+    sigma = torch.linspace(0.5, 20, 6, dtype=torch.float64)
+
+    def loss(step, **changes):
+        model = Exact()
+        train.consistency_objective(model, CONFIG, settings(**changes), step, sample.segment_edges(1), clean, noise,
+                                    sigma, None, None)
+        return model.calls[0][0]  # the lower levels
+
+    assert torch.allclose(loss(300, cm_smooth=True), loss(300))
+    assert torch.equal(loss(399), loss(300)) and (loss(399, cm_smooth=True) > loss(300)).all()
+
+
+@pytest.mark.parametrize("extra", [[], ["--ref_batch=9", "--class_cond", "--hflip"], ["--cm_segments=2", "--cm_smooth"],
+                                   ["--mask_ratio=0.5", "--mask_type=patch", "--ref_batch=9"],
+                                   ["--cm_preset=imagenet64", "--mask_ratio=0.5", "--mask_ratio_end=0", "--mask_type=patch"]])
+def test_tuning_runs_resumes_and_is_sampled_by_the_right_rule(labelled, tmp_path, extra, capsys):
+    base = [f"--data={labelled}", f"--out_dir={tmp_path}", "--batch_size=12"]
+    train.main(base + TINY + ["--steps=4"] + ["--class_cond"] * ("--class_cond" in extra))
+    args = base + [*TINY[4:], "--loss=consistency", f"--init_from={tmp_path}/ft.pt", *extra]
+    train.main(args + ["--steps=6"])
+    whole = load_checkpoint(str(tmp_path / "cm.pt"))
+    train.main(args + ["--steps=6", "--save_every=3", f"--out_dir={tmp_path}/b"])
+    (tmp_path / "b/cm.prev.pt").replace(tmp_path / "b/cm.pt")
+    train.main([f"--out_dir={tmp_path}/b", "--resume"])
+    again = load_checkpoint(str(tmp_path / "b/cm.pt"))
+    assert all(torch.equal(whole[k][n], again[k][n]) for k in ("model", "ema") for n in whole[k])
+    capsys.readouterr()
+    sample.main(["--ckpt", f"{tmp_path}/cm.pt", "--num=4", "--out", f"{tmp_path}/x.npz"])
+    rule = "euler 2" if "--cm_segments=2" in extra else "consistency 1"
+    assert rule in capsys.readouterr().err
+    sample.main(["--ckpt", f"{tmp_path}/cm.pt", "--num=4", "--steps=2", "--out", f"{tmp_path}/y.npz"])
+    lines = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert math.isfinite([r["val_loss"] for r in lines if r["run"] == "cm" and "val_loss" in r][-1])
+
+
+def test_two_processes_tune_like_one(labelled, tmp_path):
+    base = [f"--data={labelled}", "--batch_size=12"]
+    train.main(base + TINY + ["--steps=4", f"--out_dir={tmp_path}"])
+    args = base + TINY[4:] + ["--loss=consistency", f"--init_from={tmp_path}/ft.pt", "--steps=8", "--log_every=1",
+                              "--ref_batch=9", "--micro_batch=3"]
+    train.main(args + [f"--out_dir={tmp_path}/one"])
+    result = run("train.py", *args, f"--out_dir={tmp_path}/two", processes=2)
+    assert result.returncode == 0, result.stderr
+    one, two = ([json.loads(line).get("loss") for line in open(tmp_path / d / "log.jsonl")] for d in ("one", "two"))
+    assert len(one) == len(two) and np.allclose([v for v in one if v], [v for v in two if v], rtol=1e-4)
+
+
+def test_consistency_sampling_of_one_and_two_steps(monkeypatch):
+    asked = []
+
+    def denoise(x, sigma):
+        asked.append(sigma)
+        return torch.full_like(x, 0.5)
+
+    noise = torch.ones(3)
+    for steps, mid, levels in ((1, 0.821, [80.0]), (2, 0.821, [80.0, 0.821]), (2, 3.0, [80.0, 3.0]),
+                               (3, 0.8, [80.0, 8.0, 0.8])):
+        asked.clear()
+        kind, sigmas = sample.noise_levels(ModelConfig(cm_segments=1), None, steps, mid)
+        sample.sample_loop(denoise, noise, sigmas, kind, draw=lambda: noise)
+        assert kind == "consistency" and np.allclose(asked, levels)
+    assert sample.noise_levels(ModelConfig())[0] == "heun" and len(sample.noise_levels(ModelConfig())[1]) == 19
+
+
+@pytest.mark.parametrize("segments", [2, 5])
+def test_segments_are_sampled_by_one_exact_step_each(segments):
+    model = Exact(segments)
+    noise = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1)
+    kind, sigmas = sample.noise_levels(ModelConfig(cm_segments=segments))
+    denoise = lambda x, sigma: model(x, torch.full((9,), sigma, dtype=torch.float64))
+    x = sample.sample_loop(denoise, noise, sigmas, kind)
+    assert len(model.calls) == segments
+    assert torch.allclose(x, ode(80 * noise, torch.tensor(80.0), torch.tensor(0.0)))
+
+
+def test_a_weaker_model_guides(tmp_path):
+    strong, weak = torch.full((2, 1), 3.0), torch.full((2, 1), 2.0)
+    main, guide = (lambda x, sigma, labels=None, v=v: v for v in (strong, weak))
+    for scale, expected in ((1, 3), (0, 2), (2, 4), (1.5, 3.5)):
+        assert sample.guided(main, None, scale, guide=guide)(strong, 1.0).tolist() == [[expected]] * 2
+
+
+def test_mistakes_get_a_sentence(dataset, tmp_path):
+    args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12", "--steps=2"]
+    assert "--init_from" in mistake(train.main, *args, *TINY, "--loss=consistency")
+    train.main(args + TINY)
+    tune = [*args, *TINY[4:], "--loss=consistency", f"--init_from={tmp_path}/ft.pt"]
+    assert "cm_q" in mistake(train.main, *tune, "--cm_q=1")
+    assert "cm_stage_length" in mistake(train.main, *tune, "--cm_stage_length=1", "--steps=100")
+    assert "does nothing without --loss=consistency" in mistake(train.main, *args, *TINY, "--ref_batch=9")
+    assert "does nothing without --decoder_depth" in mistake(train.main, *args, *TINY, "--mae_weight=1")
+    assert "does nothing without --mask_ratio_end" in mistake(train.main, *args, *TINY, "--mask_schedule=linear")
+    assert "mid_sigma" in mistake(sample.main, "--ckpt", tmp_path / "ft.pt", "--mid_sigma=0")
+    train.main(args + TINY[4:] + ["--dim=48", "--depth=1", "--heads=2", "--patch_size=2", f"--out_dir={tmp_path}/other"])
+    guided = ["--ckpt", tmp_path / "ft.pt", "--num=2", "--steps=2", "--out", tmp_path / "x.png", "--guide_ckpt"]
+    assert "differs in patch_size" in mistake(sample.main, *guided, tmp_path / "other/ft.pt", "--cfg_scale=2")
+    assert "does nothing at --cfg_scale 1" in mistake(sample.main, *guided, tmp_path / "ft.pt")
+    sample.main([str(a) for a in [*guided, tmp_path / "ft.pt", "--cfg_scale=2"]])
+    train.main([*tune, "--cm_segments=3"])
+    several = ["--ckpt", tmp_path / "cm.pt", "--num=2", "--out", tmp_path / "y.png"]
+    assert "euler in 3 steps" in mistake(sample.main, *several, "--steps=2")
+    assert "euler in 3 steps" in mistake(sample.main, *several, "--sampler=heun")
