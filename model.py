@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -426,6 +427,137 @@ def consistency_loss(f_t, target, t, r, c=0.0, weight="gap", sigma_data=0.5):
     norm = torch.linalg.vector_norm(f_t - target, dim=(1, 2))  # its gradient at 0 is 0
     distance = (norm**2 + c**2).sqrt() - c if c else norm
     return distance * (1 / (t - r) if weight == "gap" else 1 / t**2 + 1 / sigma_data**2)
+
+
+# ---------------------------------------------------------------------------------------------
+# Objectives: a network and a batch -> the loss of each image.
+
+
+def objective(model, config, clean, noise, sigma, visible, labels, mae_weight=0.0, target=None):
+    """The loss of each image of a batch, (b,): masked or whole, the same line.
+
+    A decoder also answers for hidden patches. After MaskDiT's encoder they are reconstructed; where
+    the first blocks have seen them (dense_depth > 0) they are denoised like the others. `target`:
+    what the answer should be, if not `clean`.
+    """
+    target = clean if target is None else target
+    noisy = clean + sigma.view(-1, 1, 1) * noise
+    denoised = model(noisy, sigma, visible, labels)
+    if visible is None or not config.decoder_depth or config.dense_depth:
+        return denoising_loss(denoised, target, sigma, config.sigma_data)
+    loss = denoising_loss(take(denoised, visible), take(target, visible), sigma, config.sigma_data)
+    return loss + mae_weight * reconstruction_loss(denoised, noisy, visible)
+
+
+def consistency_objective(model, config, cfg, step, edges, clean, noise, sigma, visible, labels,
+                          references=None, reference_labels=None):
+    """The consistency loss of each image, (b,): ECT's, or SCT's if there are references.
+
+    The answer at sigma = t is drawn to the answer of the same network, without gradient, at the
+    lower level r, where x is one step along the estimated ODE from x_t. edges (m + 1,): the
+    segments' noise levels, from 80 to 0 (sample.segment_edges); cfg: the settings cm_* of train.py.
+    """
+    t, noisy = sigma, clean + sigma.view(-1, 1, 1) * noise
+    lower = torch.where(edges[1:] < t[:, None], edges[1:], 0).amax(dim=1)  # of t's segment
+    stage = step / cfg.cm_stage_length
+    stage = stage if cfg.cm_smooth else math.floor(stage)
+    r = torch.maximum(consistency_step(t, stage, cfg.cm_q, cfg.cm_k, cfg.cm_b), lower)
+    goal = clean  # where the ODE leads, judged by this image alone
+    if references is not None:
+        allowed = None
+        if labels is not None:
+            null = labels[:, None] == config.num_classes
+            allowed = (labels[:, None] == reference_labels) | null
+        seen = None if config.decoder_depth else visible
+        goal = posterior_mean(noisy, clean, t, references, allowed, seen)
+    x_r = noisy + ((r - t) / t).view(-1, 1, 1) * (noisy - goal)
+    with torch.no_grad():
+        level = torch.where(r > lower, r, t)  # where r = lower the answer is x_r itself
+        below = consistency_function(model(x_r, level, visible, labels), x_r, level, lower)
+        target = torch.where((r > lower).view(-1, 1, 1), below, x_r)
+    above = consistency_function(model(noisy, t, visible, labels), noisy, t, lower)
+    if config.decoder_depth and not config.dense_depth:
+        above, target = take(above, visible), take(target, visible)
+    return consistency_loss(above, target, t, r, cfg.cm_c, cfg.cm_weight, config.sigma_data)
+
+
+# ---------------------------------------------------------------------------------------------
+# What was learned before: importance of the weights, and how well images are known.
+
+
+def fisher_information(denoiser, config, batches, autocast):
+    """Diagonal Fisher information of the denoising loss: E (d loss / d weight)^2 (EWC), by name.
+
+    The mean over the images of all batches of the squared gradient of each image alone.
+    """
+    total = {n: torch.zeros_like(p) for n, p in denoiser.named_parameters()}
+    count = 0
+    for batch in batches:
+        batch = {k: batch[k] for k in ("clean", "noise", "sigma", "visible", "labels")}
+        for i in range(len(batch["clean"])):
+            one = {k: None if t is None else t[i : i + 1] for k, t in batch.items()}
+            with autocast:
+                loss = objective(denoiser, config, **one).sum()
+            gradients = torch.autograd.grad(loss, list(denoiser.parameters()))
+            for t, g in zip(total.values(), gradients):
+                t.addcmul_(g, g)
+        count += len(batch["clean"])
+    if dist.is_initialized():  # each process had its part of the batches
+        count = torch.tensor(float(count), device=next(iter(total.values())).device)
+        for t in (count, *total.values()):
+            dist.all_reduce(t)
+    return {n: t / count for n, t in total.items()}
+
+
+@torch.no_grad()
+def add_penalty(parameters, anchor, strength):
+    """Add the gradient of 1/2 sum strength (theta - anchor)^2; returns its value.
+
+    parameters, anchor: lists of tensors; strength: a number (L2) or a list of tensors (EWC).
+    """
+    pull = torch._foreach_sub([p.detach() for p in parameters], anchor)
+    force = torch._foreach_mul(pull, strength)
+    torch._foreach_add_([p.grad for p in parameters], force)
+    return sum((f * d).sum() for f, d in zip(force, pull)) / 2
+
+
+def decoder_nats(z, values, sigma=0.002):
+    """-ln p(v | z) of 8-bit values: p = softmax over the levels v_k of -(z - v_k)^2 / (2 sigma^2).
+
+    z any shape, in [-1, 1] and noisy; values uint8 of that shape.
+    """
+    levels = torch.arange(256, device=z.device, dtype=z.dtype) / 127.5 - 1
+    logits = -((z.reshape(-1, 1) - levels) ** 2) / (2 * sigma**2)
+    return -logits.log_softmax(dim=1).gather(1, values.reshape(-1, 1).long()).view(z.shape)
+
+
+def bound(denoise, values, generator, sigma_data=0.5, bins=10):
+    """Variational bound on -log2 p in bits per dimension (b,), and losses by level (b, bins).
+
+    values uint8 (b, K, d); denoise(x, sigma (b,)) -> D. With lambda = -2 ln sigma: 1/2 of the
+    integral of E|x - D|^2 e^lambda, by one noise level of each image in each bin of ln sigma, + the
+    prior |x|^2 / (2 sigma_max^2) + the decoder at sigma_min. The losses: `denoising_loss`.
+    """
+    low, high = math.log(0.002), math.log(80.0)  # the noise levels of the sampler
+    x = values.float() / 127.5 - 1
+    b, size = len(x), x[0].numel()
+
+    def randn():
+        return torch.randn(x.shape, generator=generator).to(x.device)
+
+    losses, nats = [], 0.0
+    for i in range(bins):
+        # One random place in the bin, and the images evenly over it: less chance, no bias.
+        u = (torch.randperm(b, generator=generator) + torch.rand(1, generator=generator)) / b
+        sigma = torch.exp(low + (high - low) * (i + u) / bins).to(x.device)
+        denoised = denoise(x + sigma.view(-1, 1, 1) * randn(), sigma)
+        losses.append(denoising_loss(denoised, x, sigma, sigma_data))
+        error = (denoised - x).square().sum(dim=(1, 2))
+        nats = nats + (high - low) / bins * error / sigma**2  # d lambda = 2 d ln sigma
+    nats = nats + x.square().sum(dim=(1, 2)) / (2 * math.exp(2 * high))
+    z = x + math.exp(low) * randn()
+    decoded = torch.stack([decoder_nats(z[i], values[i]).sum() for i in range(b)])
+    return (nats + decoded) / (math.log(2) * size), torch.stack(losses, dim=1)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ python train.py --loss=consistency --init_from=out/ft.pt  # for 1 or 2 steps -> 
 torchrun --nproc_per_node=8 train.py --mask_ratio=0.9     # the same run on 8 GPUs
 torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
 python train.py --resume                                  # go on after an interruption
+python train.py --data=data/new --init_from=out/ft.pt --replay=data/old   # learn without forgetting
+python train.py --eval_only --ckpt=out/ft.pt --data=data/old,data/new     # what it knows of both
 
 Both stages are the loop at the end of this file; stage 2 is stage 1 with everything visible. Every
 draw of step n (images, flips, labels, masks, noise levels, noise) comes from generators seeded by
@@ -25,9 +27,9 @@ import typing
 from argparse import SUPPRESS, BooleanOptionalAction
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -36,10 +38,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import sample
-from model import (PRESETS, Denoiser, ModelConfig, architecture, consistency_function,
-                   consistency_loss, consistency_step, count_hidden, count_visible, denoising_loss,
-                   load_checkpoint, patchify, posterior_mean, previous_name, reconstruction_loss,
-                   sample_visible, save_checkpoint, stored_config, take)
+from model import (PRESETS, Denoiser, ModelConfig, add_penalty, architecture, bound,
+                   consistency_objective, count_hidden, count_visible, denoiser_from_checkpoint,
+                   fisher_information, load_checkpoint, objective, patchify, previous_name,
+                   sample_visible, save_checkpoint, stored_config)
 from prepare_data import Parser, open_dataset, prepare
 
 # ---------------------------------------------------------------------------------------------
@@ -53,7 +55,7 @@ def setting(default, help, **choices):
 @dataclass
 class Config:
     # files
-    data: str = setting("data/faces", "prepared data set (made if it is the default and missing)")
+    data: str = setting("data/faces", "prepared set, or several with commas for their union")
     out_dir: str = setting("out", "folder for checkpoints, samples and log.jsonl")
     init_from: str | None = setting(None, "start from the weights of this checkpoint")
     init_weights: str = setting("ema", "which of its weights", choices=("ema", "raw"))
@@ -90,6 +92,19 @@ class Config:
     cm_weight: str = setting("gap", "1/(t - r), or 1/t^2 + 1/sigma_data^2", choices=("gap", "edm"))
     cm_segments: int = setting(1, "segments of the noise levels, one sampling step each")
     ref_batch: int = setting(0, "images whose mean directs the target (SCT); 0: one (ECT)")
+    # continual learning: what was learned before --init_from is kept in mind by ...
+    replay: str | None = setting(None, "old prepared sets, with commas, in every batch")
+    replay_frac: float = setting(0.5, "share of a batch that is old")
+    replay_coef: float = setting(1.0, "weight of the old images' loss")
+    replay_buffer: int | None = setting(None, "images kept of each old set; default: all")
+    distill_from: str | None = setting(None, "checkpoint that draws the old images and judges them")
+    distill_coef: float = setting(1.0, "weight of their loss; they are replay_frac of a batch, too")
+    l2_prev: float = setting(0.0, "pull to the weights of --init_from")
+    ewc: float = setting(0.0, "the same, each weight by its importance (Fisher information)")
+    fisher_batches: int = setting(8, "batches from which the importance is estimated")
+    # report
+    eval_only: bool = setting(False, "no training: losses and bits per dimension of --ckpt")
+    ckpt: str | None = setting(None, "the checkpoint of --eval_only")
     # optimization
     batch_size: int | None = setting(None, "images a step, over all processes")
     micro_batch: int | None = setting(None, "images a process takes at once; default: its "
@@ -128,7 +143,8 @@ CONSISTENCY = {
     "cifar10": dict(p_mean=-1.1, p_std=2.0, cm_q=2.0, cm_c=0.0, cm_weight="gap", optimizer="radam",
                     beta1=0.9, beta2=0.999, weight_decay=0.0, ema=0.9999),
     "imagenet64": dict(p_mean=-0.8, p_std=1.6, cm_q=4.0, cm_c=0.06, cm_weight="edm",
-                       optimizer="adamw", beta1=0.9, beta2=0.99, weight_decay=0.0, lr=1e-3, lr_schedule="rsqrt"),
+                       optimizer="adamw", beta1=0.9, beta2=0.99, weight_decay=0.0, lr=1e-3,
+                       lr_schedule="rsqrt"),
 }
 # Stage 1, stage 2, consistency tuning, by machine. On a CPU both stages on the built-in faces take
 # about ten minutes on two cores; on a GPU these are MaskDM's network, batch and optimizer at 64 px.
@@ -194,6 +210,20 @@ def resolve(given, previous, device):
         idle |= {k: "--decoder_depth" for k in given if k in needs_decoder}
     if cfg.mask_ratio_end is None:
         idle |= {k: "--mask_ratio_end" for k in given if k == "mask_schedule"}
+    if not cfg.replay:
+        idle |= {k: "--replay" for k in given if k in ("replay_coef", "replay_buffer")}
+    if not cfg.distill_from:
+        idle |= {k: "--distill_from" for k in given if k == "distill_coef"}
+    if not cfg.replay and not cfg.distill_from:
+        idle |= {k: "--replay or --distill_from" for k in given if k == "replay_frac"}
+    if not cfg.ewc:
+        idle |= {k: "--ewc" for k in given if k == "fisher_batches"}
+    reporting = {"eval_only", "ckpt", "data", "out_dir", "seed", "device", "dtype"}
+    if cfg.eval_only and set(given) - reporting:
+        sys.exit(f"--{min(set(given) - reporting)} does nothing with --eval_only: leave it out "
+                 "(the checkpoint is --ckpt)")
+    if not cfg.eval_only:
+        idle |= {k: "--eval_only" for k in given if k == "ckpt"}
     for name, needed in idle.items():
         sys.exit(f"--{name} does nothing without {needed}: give that, too, or leave it out")
     return cfg
@@ -211,9 +241,12 @@ def check(cfg):
     at_least = dict(batch_size=1, steps=0, warmup=0, seed=0, block_size=1, log_every=0,
                     save_every=0, eval_every=0, sample_every=0, save_minutes=0, keep_every=0,
                     weight_decay=0, grad_clip=0, lr=0, p_std=0, mae_weight=0, cm_k=0, cm_b=0,
-                    cm_c=0, cm_segments=1, ref_batch=0)
+                    cm_c=0, cm_segments=1, ref_batch=0, replay_frac=0, replay_coef=0,
+                    distill_coef=0, l2_prev=0, ewc=0, fisher_batches=1)
     if cfg.cm_stage_length is not None:
         at_least["cm_stage_length"] = 1
+    if cfg.replay_buffer is not None:
+        at_least["replay_buffer"] = 1
     for name, low in at_least.items():
         if not getattr(cfg, name) >= low:
             sys.exit(f"--{name} is {getattr(cfg, name)}, expected at least {low}")
@@ -223,6 +256,13 @@ def check(cfg):
             sys.exit(f"--cm_q is {cfg.cm_q} in {stages} stages, expected more than 1, and in all "
                      "less than 2^20 (float32 tells no closer noise levels apart): give a longer "
                      "--cm_stage_length")
+    old_share = round(cfg.replay_frac * cfg.batch_size)
+    wanted = (cfg.replay and cfg.replay_coef > 0) or (cfg.distill_from and cfg.distill_coef > 0)
+    if cfg.replay_frac > 1 or (wanted and old_share == 0):
+        sys.exit(f"--replay_frac is {cfg.replay_frac}, expected at most 1 and at least one image "
+                 f"of the {cfg.batch_size} of a batch")
+    if cfg.distill_from and cfg.loss == "consistency":
+        sys.exit("--distill_from is for --loss=diffusion: a consistency model has its own teacher")
     for name in ("ema", "beta1", "beta2", "label_dropout", "mask_ratio", "mask_ratio_end"):
         if not 0 <= (getattr(cfg, name) or 0) < 1:
             sys.exit(f"--{name} is {getattr(cfg, name)}, expected at least 0 and below 1")
@@ -267,27 +307,81 @@ def gather_patches(images, index, visible, patch_size, flip):
     return out.reshape(*visible.shape, p * p * channels)
 
 
+def gather(sets, index, visible, patch_size, flip):
+    """`gather_patches` from several arrays that are numbered through."""
+    if len(sets) == 1:
+        return gather_patches(sets[0], index, visible, patch_size, flip)
+    starts = np.cumsum([0] + [len(s) for s in sets])
+    which = np.searchsorted(starts, index, side="right") - 1
+    out = None
+    for i in np.unique(which):
+        mine = which == i
+        part = gather_patches(sets[i], index[mine] - starts[i], visible[mine], patch_size,
+                              flip[mine])
+        out = np.empty((len(index), *part.shape[1:]), part.dtype) if out is None else out
+        out[mine] = part
+    return out
+
+
+def choose_buffer(n, labels, size, seed):
+    """`size` of n images, alike many of each class: sorted numbers, by the seed alone."""
+    order = np.random.default_rng(seed).permutation(n)
+    rank = np.zeros(n, np.int64)  # how many of its class come before it
+    if labels is not None:
+        for c in np.unique(labels):
+            mine = np.flatnonzero(labels[order] == c)
+            rank[mine] = np.arange(len(mine))
+    return np.sort(order[np.argsort(rank, kind="stable")[:size]])
+
+
+@lru_cache(8)
+def shuffled(n, seed, epoch):
+    """The order of n images in an epoch."""
+    g = torch.Generator().manual_seed(seed_of(seed, 0, epoch))
+    return torch.randperm(n, generator=g).numpy()
+
+
 class Stream:
     """Batches by step number.
 
-    Images come in epochs, each a fresh order of the whole set; global position q belongs to epoch
-    q // len(images), so that any step can be loaded at once.
+    images: an array or several, numbered through; new, old: the numbers of those to learn (None:
+    all) and of those to replay. Each of the two comes in epochs of fresh order, so that any step
+    can be loaded at once. A batch holds new images, replayed ones, and places for distilled ones.
     """
 
-    def __init__(self, images, labels, cfg, config, device=torch.device("cpu"), rank=0, world=1):
-        self.images, self.labels, self.cfg, self.config = images, labels, cfg, config
+    def __init__(self, images, labels, cfg, config, device=torch.device("cpu"), rank=0, world=1,
+                 new=None, old=()):
+        self.sets = images if isinstance(images, list) else [images]
+        self.labels, self.cfg, self.config = labels, cfg, config
+        self.new = np.arange(sum(map(len, self.sets))) if new is None else np.asarray(new)
+        self.old = np.asarray(old, np.int64)
+        share = round(cfg.replay_frac * cfg.batch_size)
+        n_replayed = share if len(old) and cfg.replay_coef > 0 else 0
+        n_distilled = share if cfg.distill_from and cfg.distill_coef > 0 else 0
+        self.n_new = cfg.batch_size - n_replayed - n_distilled
+        self.parts = [(self.new, self.n_new, 1.0), (self.old, n_replayed, cfg.replay_coef),
+                      (self.new, n_distilled, cfg.distill_coef)]  # (from where, how many, weight)
         self.device = device
         self.ratios = mask_ratios(cfg, config.grid)
-        self.share = slice(rank * cfg.batch_size // world, (rank + 1) * cfg.batch_size // world)
-        self.epochs = {}
+        # Every world-th image, so that each process has its part of each kind.
+        self.share = slice(rank, None, world)
 
-    def order(self, epoch):
-        """The images in the order of this epoch."""
-        if epoch not in self.epochs:
-            g = torch.Generator().manual_seed(seed_of(self.cfg.seed, 0, epoch))
-            self.epochs = {e: o for e, o in self.epochs.items() if e >= epoch - 1}
-            self.epochs[epoch] = torch.randperm(len(self.images), generator=g).numpy()
-        return self.epochs[epoch]
+    def numbers(self, pool, start, n):
+        """The images at positions start, ..., start + n - 1 of the endless walk through a pool."""
+        places = (divmod(start + q, len(pool)) for q in range(n))
+        return np.array([pool[shuffled(len(pool), self.cfg.seed, epoch)[i]] for epoch, i in places],
+                        np.int64)
+
+    def index(self, step):
+        """The numbers of the images of a global batch."""
+        return np.concatenate([self.numbers(pool, step * n, n) for pool, n, _ in self.parts])
+
+    def weights(self):
+        """What each image of a global batch counts, for L_new + coef L_old; None: all alike."""
+        if self.n_new == self.cfg.batch_size:
+            return None
+        return torch.cat([torch.full((n,), coef * self.cfg.batch_size / max(n, 1))
+                          for _, n, coef in self.parts])
 
     def load(self, step):
         """This process's part, b images, of the batch of a step.
@@ -296,7 +390,7 @@ class Stream:
         decoder), noise like it, sigma (b,), visible (b, K) or None for the whole image, labels (b,)
         or None.
         """
-        cfg, config, n = self.cfg, self.config, len(self.images)
+        cfg, config = self.cfg, self.config
         g = torch.Generator().manual_seed(seed_of(cfg.seed, 1, step))
         ln_sigma = cfg.p_mean + cfg.p_std * torch.randn(cfg.batch_size, generator=g)
         sigma = ln_sigma[self.share].exp()
@@ -305,25 +399,35 @@ class Stream:
         ratio = self.ratios[min(len(self.ratios) * step // max(1, cfg.steps), len(self.ratios) - 1)]
         visible = sample_visible(cfg.batch_size, config.grid, ratio, cfg.mask_type, cfg.block_size,
                                  generator=g)
-        positions = range(step * cfg.batch_size, (step + 1) * cfg.batch_size)[self.share]
-        index = np.array([self.order(q // n)[q % n] for q in positions])
+        index = self.index(step)[self.share]
         visible = None if visible is None else visible[self.share]
         if visible is None or config.decoder_depth:  # a decoder is asked about the hidden ones, too
             shown = np.arange(config.grid**2)[None].repeat(len(index), axis=0)
         else:
             shown = visible.numpy()
-        clean = torch.from_numpy(gather_patches(self.images, index, shown, config.patch_size, flip))
+        clean = self.pixels(index, shown, flip)
         labels = None
         if config.num_classes:
             labels = torch.from_numpy(self.labels[index].astype(np.int64))
             labels = torch.where(dropped, config.num_classes, labels)
 
-        clean, sigma, visible, labels = (self.move(t) for t in (clean, sigma, visible, labels))
-        clean = self.as_float(clean)
+        sigma, visible, labels = (self.move(t) for t in (sigma, visible, labels))
         g = torch.Generator(self.device).manual_seed(seed_of(cfg.seed, 2, step))
         noise = torch.randn(cfg.batch_size, *clean.shape[1:], generator=g, device=self.device)
-        return dict(index=index, clean=clean, noise=noise[self.share], sigma=sigma, visible=visible,
-                    labels=labels, **self.references(step))
+        batch = dict(index=index, clean=clean, noise=noise[self.share], sigma=sigma,
+                     visible=visible, labels=labels, **self.references(step))
+        if (weight := self.weights()) is not None:
+            batch["weight"] = self.move(weight[self.share])
+        if n := self.parts[2][1]:
+            start = torch.randn(noise.shape, generator=g, device=self.device)
+            distilled = torch.arange(cfg.batch_size) >= cfg.batch_size - n
+            batch.update(start=start[self.share], distilled=distilled[self.share])
+        return batch
+
+    def pixels(self, index, shown, flip):
+        """The patches `shown` of some images, on the device, 8-bit values as [-1, 1]."""
+        patches = gather(self.sets, index, shown, self.config.patch_size, flip)
+        return self.as_float(self.move(torch.from_numpy(patches)))
 
     def references(self, step):
         """The whole images that a batch shares to average over (SCT), and their labels."""
@@ -331,14 +435,16 @@ class Stream:
         if cfg.loss != "consistency" or cfg.ref_batch < 2:  # each image alone is ECT
             return {}
         g = torch.Generator().manual_seed(seed_of(cfg.seed, 5, step))
-        index = torch.randint(len(self.images), (cfg.ref_batch - 1,), generator=g).numpy()
+        n = cfg.ref_batch - 1
+        n_old = round(n * self.parts[1][1] / cfg.batch_size)
+        index = np.concatenate([pool[torch.randint(len(pool), (k,), generator=g).numpy()]
+                                for pool, k in ((self.new, n - n_old), (self.old, n_old)) if k])
         flip = torch.rand(len(index), generator=g).numpy() < 0.5 * cfg.hflip
         everything = np.arange(config.grid**2)[None].repeat(len(index), axis=0)
-        images = gather_patches(self.images, index, everything, config.patch_size, flip)
         labels = None
         if config.num_classes:
             labels = torch.from_numpy(self.labels[index].astype(np.int64))
-        return dict(references=self.as_float(self.move(torch.from_numpy(images))),
+        return dict(references=self.pixels(index, everything, flip),
                     reference_labels=self.move(labels))
 
     @staticmethod
@@ -354,64 +460,48 @@ class Stream:
         return t.to(self.device, non_blocking=self.device.type == "cuda")
 
 
-def objective(model, config, clean, noise, sigma, visible, labels, mae_weight=0.0):
-    """The loss of each image of a batch, (b,): masked or whole, the same line.
+@torch.no_grad()
+def with_teacher(teacher, clean, noise, sigma, visible, labels, start, distilled, **others):
+    """The batch with images drawn by the teacher where `distilled` is set (arXiv 2311.14028).
 
-    A decoder also answers for hidden patches. After MaskDiT's encoder they are reconstructed; where
-    the first blocks have seen them (dense_depth > 0) they are denoised like the others.
+    Drawn in two Euler steps from `start`, on the visible patches alone (a decoder, which answers
+    for hidden ones otherwise, draws all); their target is the teacher's answer, not the image. With
+    classes, each is of the class that its place had.
     """
-    noisy = clean + sigma.view(-1, 1, 1) * noise
-    denoised = model(noisy, sigma, visible, labels)
-    if visible is None or not config.decoder_depth or config.dense_depth:
-        return denoising_loss(denoised, clean, sigma, config.sigma_data)
-    loss = denoising_loss(take(denoised, visible), take(clean, visible), sigma, config.sigma_data)
-    return loss + mae_weight * reconstruction_loss(denoised, noisy, visible)
+    rows = distilled.nonzero()[:, 0].to(clean.device)
+    target = clean
+    if len(rows):
+        shown, classes = (None if t is None else t[rows] for t in (visible, labels))
+        drawn_from = None if teacher.config.decoder_depth else shown
 
+        def denoise(x, s):
+            return teacher(x, torch.full((len(x),), s, device=x.device), drawn_from, classes)
 
-def consistency_objective(model, config, cfg, step, edges, clean, noise, sigma, visible, labels,
-                          references=None, reference_labels=None):
-    """The consistency loss of each image, (b,): ECT's, or SCT's if there are references.
-
-    The answer at sigma = t is drawn to the answer of the same network, without gradient, at the
-    lower level r, where x is one step along the estimated ODE from x_t. edges (m + 1,): the
-    segments' noise levels, from 80 to 0 (sample.segment_edges).
-    """
-    t, noisy = sigma, clean + sigma.view(-1, 1, 1) * noise
-    lower = torch.where(edges[1:] < t[:, None], edges[1:], 0).amax(dim=1)  # of t's segment
-    stage = step / cfg.cm_stage_length
-    stage = stage if cfg.cm_smooth else math.floor(stage)
-    r = torch.maximum(consistency_step(t, stage, cfg.cm_q, cfg.cm_k, cfg.cm_b), lower)
-    goal = clean  # where the ODE leads, judged by this image alone
-    if references is not None:
-        allowed = None
-        if labels is not None:
-            null = labels[:, None] == config.num_classes
-            allowed = (labels[:, None] == reference_labels) | null
-        seen = None if config.decoder_depth else visible
-        goal = posterior_mean(noisy, clean, t, references, allowed, seen)
-    x_r = noisy + ((r - t) / t).view(-1, 1, 1) * (noisy - goal)
-    with torch.no_grad():
-        level = torch.where(r > lower, r, t)  # where r = lower the answer is x_r itself
-        below = consistency_function(model(x_r, level, visible, labels), x_r, level, lower)
-        target = torch.where((r > lower).view(-1, 1, 1), below, x_r)
-    above = consistency_function(model(noisy, t, visible, labels), noisy, t, lower)
-    if config.decoder_depth and not config.dense_depth:
-        above, target = take(above, visible), take(target, visible)
-    return consistency_loss(above, target, t, r, cfg.cm_c, cfg.cm_weight, config.sigma_data)
+        drawn = sample.sample_loop(denoise, start[rows], sample.segment_edges(2), "euler")
+        clean = clean.index_copy(0, rows, drawn)
+        noisy = drawn + sigma[rows].view(-1, 1, 1) * noise[rows]
+        target = clean.index_copy(0, rows, teacher(noisy, sigma[rows], shown, classes))
+    return dict(clean=clean, noise=noise, sigma=sigma, visible=visible, labels=labels,
+                target=target, **others)
 
 
 def validation_set(images, labels, config, seed, limit=512):
     """Whole images, noise levels and noise that depend on the data set and the seed alone.
 
     The levels are the quantiles of EDM's ln sigma ~ N(-1.2, 1.2^2), whatever the run trains with.
+    images: arrays, of which each gives its first limit / len(images).
     """
-    n = min(len(images), limit)
-    clean = patchify(torch.from_numpy(np.array(images[:n])), config.patch_size)
+    images = images if isinstance(images, list) else [images]
+    starts = np.cumsum([0] + [len(x) for x in images])
+    index = np.concatenate([start + np.arange(min(len(x), limit // len(images)))
+                            for start, x in zip(starts, images)])
+    pixels = np.concatenate([x[: limit // len(images)] for x in images])
+    n, clean = len(index), patchify(torch.from_numpy(pixels), config.patch_size)
     g = torch.Generator().manual_seed(seed_of(seed, 3))
     quantile = (torch.randperm(n, generator=g) + 0.5) / n
     sigma = torch.exp(-1.2 + 1.2 * math.sqrt(2) * torch.erfinv(2 * quantile - 1))
-    noise = patchify(torch.randn(n, *images.shape[1:], generator=g), config.patch_size)
-    labels = torch.from_numpy(labels[:n].astype(np.int64)) if config.num_classes else None
+    noise = patchify(torch.randn(pixels.shape, generator=g), config.patch_size)
+    labels = torch.from_numpy(labels[index].astype(np.int64)) if config.num_classes else None
     return dict(clean=clean, noise=noise, sigma=sigma, labels=labels)
 
 
@@ -432,7 +522,144 @@ def validate(loss_of, data, autocast, device, rank, world, batch):
 
 
 # ---------------------------------------------------------------------------------------------
+# Report: what a model knows of some data sets (--eval_only).
+
+
+
+@torch.no_grad()
+def report(denoiser, class_names, names, seed, device, autocast, limit=512):
+    """Print a table for each prepared set, of its validation images; returns it as a dictionary."""
+    config, low_high = denoiser.config, np.linspace(math.log(0.002), math.log(80.0), 11)
+    print("| set | ln sigma | " + " | ".join(f"{v:.2f}" for v in (low_high[:-1] + low_high[1:]) / 2)
+          + " | bits per dimension |\n" + "|---" * 13 + "|")
+    result = {}
+    for name in names:
+        images, labels, meta = open_dataset(name, "val")
+        if images.shape[1:] != (config.image_size, config.image_size, config.channels):
+            sys.exit(f"{name} has images of shape {images.shape[1:]}, but the model makes "
+                     f"{config.image_size} x {config.image_size} with {config.channels} channels")
+        if images.dtype != np.uint8:
+            sys.exit(f"{name} holds {images.dtype} latents: bits per dimension need 8-bit images")
+        if config.num_classes and meta["class_names"] != class_names:
+            sys.exit(f"{name} has not the {config.num_classes} classes of the model, but "
+                     f"{len(meta['class_names'] or [])} others: name sets with its classes")
+        g, bits, losses = torch.Generator().manual_seed(seed_of(seed, 7)), [], []
+        for start in range(0, min(limit, len(images)), 32):
+            part = torch.from_numpy(np.array(images[start : min(start + 32, limit)]))
+            known = None
+            if config.num_classes:
+                known = torch.from_numpy(labels[start : start + len(part)].astype(np.int64))
+                known = known.to(device)
+
+            def denoise(x, sigma):
+                with autocast:
+                    return denoiser(x, sigma, labels=known)
+
+            values = patchify(part, config.patch_size).to(device)
+            b, e = bound(denoise, values, g, config.sigma_data)
+            bits, losses = bits + [b.cpu()], losses + [e.cpu()]
+        bits, losses = torch.cat(bits).double(), torch.cat(losses).double().mean(dim=0).tolist()
+        error = bits.std().item() / math.sqrt(len(bits)) if len(bits) > 1 else None
+        result[name] = dict(images=len(bits), loss_by_level=losses, ln_sigma=low_high.tolist(),
+                            bits_per_dim=bits.mean().item(), standard_error=error)
+        print(f"| {name} | loss | " + " | ".join(f"{v:.4g}" for v in losses)
+              + f" | {bits.mean():.4f} ± {error or math.nan:.4f} |", flush=True)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------
 # Set-up: where to start from.
+
+
+def open_union(names, split="train"):
+    """Several prepared sets: their arrays, the labels of all (or None), and one meta."""
+    opened = [open_dataset(name, split) for name in names]
+    first = opened[0][2]
+    for name, (_, _, meta) in zip(names, opened):
+        for key in ("size", "channels", "dtype"):
+            if meta[key] != first[key]:
+                sys.exit(f"{name} has {key} {meta[key]}, but {names[0]} has {first[key]}: prepare "
+                         "them alike")
+    if len(opened) == 1:
+        return [opened[0][0]], opened[0][1], first
+    numbered = [str(i) for i in range(len(first["class_names"] or []))]  # classes of drawn images
+    alike = all(m["class_names"] in (first["class_names"], numbered) for _, _, m in opened)
+    classes = first["class_names"] if alike else None  # else a label would mean two things
+    labels = np.concatenate([labels for _, labels, _ in opened]) if classes else None
+    meta = first | dict(class_names=classes, hash="+".join(m["hash"] for _, _, m in opened))
+    return [images for images, _, _ in opened], labels, meta
+
+
+def task_fisher(cfg, denoiser, batches, device, autocast, rank, world):
+    """The Fisher information of a model on the data that cfg names, without what it replays."""
+    sets, labels, _ = open_union(cfg.data.split(","))
+    cfg = replace(cfg, distill_from=None, loss="diffusion", batch_size=max(cfg.batch_size, world))
+    stream = Stream(sets, labels, cfg, denoiser.config, device, rank, world)
+    batches = (stream.load(cfg.steps + n) for n in range(batches))
+    return fisher_information(denoiser, denoiser.config, batches, autocast)
+
+
+def old_importance(start, path, cfg, device, autocast, rank, world):
+    """What EWC holds: the Fisher information of a checkpoint's tasks, stored or computed now."""
+    if "fisher" in start:
+        return start["fisher"]
+    known = {f.name for f in fields(Config)}
+    old = Config(**{k: v for k, v in start["config"].items() if k in known})
+    names = old.data.split(",")
+    here = all(os.path.exists(os.path.join(d, "meta.json")) for d in names)
+    if not here or open_union(names)[2]["hash"] != start.get("data_hash"):
+        sys.exit(f"--ewc needs the data that {path} was trained on, and {old.data} is not there or "
+                 "has changed: put it back, or leave --ewc out")
+    denoiser = denoiser_from_checkpoint(start, cfg.init_weights).to(device)
+    fisher = task_fisher(old, denoiser, cfg.fisher_batches, device, autocast, rank, world)
+    return {n: f + start["importance"][n].to(device) if n in start.get("importance", {}) else f
+            for n, f in fisher.items()}
+
+
+def held_back(cfg, start, resumed, meta, denoiser, device, autocast, rank, world):
+    """What the weights are pulled to and how strongly: anchor, importance (by name), strength.
+
+    The anchor is the weights of --init_from; a second stage on the same data goes on with that of
+    the first. Parameters that begin afresh are free. Without l2_prev and ewc there is no strength,
+    but the importance of earlier tasks is kept for later ones. All are None without a start.
+    """
+    def fitted(stored):
+        return {n: stored[n].to(device) if n in stored and stored[n].shape == p.shape
+                else torch.zeros_like(p) for n, p in denoiser.named_parameters()}
+
+    pulled = cfg.l2_prev > 0 or cfg.ewc > 0
+    if not start:
+        if pulled:
+            sys.exit("--l2_prev and --ewc pull to the weights of --init_from: give that")
+        return None, None, None
+    kept = start.get("fisher") or start.get("importance") or {}
+    same_task = start.get("data_hash") == meta["hash"] and "anchor" in start
+    if resumed and pulled and ("anchor" not in start or (cfg.ewc and "importance" not in start)):
+        sys.exit("--l2_prev and --ewc cannot begin in the middle of a run: start one from its "
+                 "checkpoint with --init_from")
+    if resumed or (same_task and (not cfg.ewc or "importance" in start)):
+        anchor, kept = start.get("anchor"), start.get("importance", {})
+    else:
+        weights = start["ema" if cfg.init_weights == "ema" else "model"]
+        anchor = {n: v for n, v in weights.items() if n in dict(denoiser.named_parameters())}
+        if cfg.ewc:
+            kept = old_importance(start, cfg.init_from, cfg, device, autocast, rank, world)
+    if not pulled:
+        return None, {n: v.cpu() for n, v in kept.items()}, None
+    importance = fitted(kept)
+    known = fitted({n: torch.ones_like(v) for n, v in anchor.items()})
+    strength = [known[n] * (cfg.l2_prev + cfg.ewc * importance[n]) for n in importance]
+    return fitted(anchor), importance if kept else None, strength
+
+
+def load_teacher(cfg, config, device):
+    """The frozen model of --distill_from; it must fit this run's."""
+    teacher, _ = sample.load_denoiser(cfg.distill_from, device=device)
+    same = ("image_size", "channels", "patch_size", "num_classes", "decoder_depth", "cm_segments")
+    if differ := [k for k in same if getattr(teacher.config, k) != getattr(config, k)]:
+        sys.exit(f"--distill_from {cfg.distill_from} differs in {', '.join(differ)} from this run: "
+                 "give the checkpoint of --init_from")
+    return teacher
 
 
 def taken_up(given):
@@ -508,10 +735,16 @@ def load_initial(denoiser, weights, path, say):
     denoiser.load_state_dict(mine | {n: weights[n] for n in fits})
 
 
-def pick_dtype(name, device):
-    """auto: bfloat16 where the processor multiplies in it, else float32."""
+def pick_dtype(name, device, loss="diffusion"):
+    """auto: bfloat16 where the processor multiplies in it, else float32.
+
+    But float32 for a consistency loss: it is the difference of two answers that are nearly the same,
+    and in the last stages bfloat16's rounding is larger than that.
+    """
     if name != "auto":
         return getattr(torch, name)
+    if loss == "consistency":
+        return torch.float32
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -588,15 +821,39 @@ def main(argv=None):
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=20))
-    if rank == 0 and cfg.data == Config.data and not os.path.exists(cfg.data):
+    if rank == 0 and cfg.data == Config.data and not os.path.exists(cfg.data) and not cfg.eval_only:
         say(f"{cfg.data} is missing: making the built-in faces")
         prepare(None, cfg.data)
     if world > 1:
         dist.barrier()
 
+    dtype = pick_dtype(cfg.dtype, device, cfg.loss)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    if cfg.eval_only:
+        if rank == 0:
+            ckpt = cfg.ckpt or os.path.join(cfg.out_dir, "ft.pt")
+            denoiser, about = sample.load_denoiser(ckpt, device=device)
+            names = about.get("class_names"), cfg.data.split(",")
+            text = json.dumps(report(denoiser, *names, cfg.seed, device, autocast))
+            print(text)
+            try:
+                sample.replace_file(os.path.splitext(ckpt)[0] + ".eval.json",
+                                    lambda f: f.write(text.encode()))
+            except OSError as e:
+                say(f"the report could not be written ({e})")
+        return
+
     # -- data and network -----------------------------------------------------------------------
-    images, labels, meta = open_dataset(cfg.data)
-    val_images, val_labels, _ = open_dataset(cfg.data, "val")
+    names, replayed = cfg.data.split(","), cfg.replay.split(",") if cfg.replay else []
+    images, labels, meta = open_union(names + replayed)
+    meta = meta | {"hash": open_union(names)[2]["hash"]}
+    val_images, val_labels, _ = open_union(names, "val")
+    starts = np.cumsum([0] + [len(x) for x in images])
+    new, remembered = np.arange(starts[len(names)]), []  # numbers of images to learn, to replay
+    for name, begin, end in zip(replayed, starts[len(names) :], starts[len(names) + 1 :]):
+        size = min(cfg.replay_buffer or end, end - begin)
+        chosen = choose_buffer(end - begin, open_dataset(name)[1], size, seed_of(cfg.seed, 6))
+        remembered.extend(begin + chosen)
     if start and not checkpoint and "class_cond" not in given and meta["class_names"]:
         cfg.class_cond = start["architecture"]["num_classes"] > 0  # stays what it was
     config = model_config(cfg, given, meta, start, checkpoint is not None, say)
@@ -620,6 +877,12 @@ def main(argv=None):
     denoiser.to(device)
     ema = Denoiser(config).to(device).eval().requires_grad_(False)
     ema.load_state_dict(denoiser.state_dict())
+    stream = Stream(images, labels, cfg, config, device, rank, world, new, remembered)
+    if stream.n_new < 0 or (stream.n_new == 0 and cfg.replay_frac < 1):
+        sys.exit(f"--replay_frac {cfg.replay_frac} leaves no new images: give less, such as 0.25")
+    teacher = load_teacher(cfg, config, device) if stream.parts[2][1] else None
+    anchor, importance, strength = held_back(cfg, start, checkpoint is not None, meta, denoiser,
+                                             device, autocast, rank, world)
     kind = dict(adamw=partial(torch.optim.AdamW, fused=True),
                 radam=partial(torch.optim.RAdam, decoupled_weight_decay=True))[cfg.optimizer]
     optimizer = kind(denoiser.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
@@ -647,11 +910,15 @@ def main(argv=None):
             os.replace(path, path + ".broken")  # or it would become the *.prev.pt of the next save
         cfg.out_dir = os.path.dirname(path) or "."  # the folder may have been moved
         say(f"resumed from step {step}")
-    elif rank == 0:
+    if world > 1:
+        dist.barrier()  # all have read what they start from
+    if not checkpoint and rank == 0:
         os.makedirs(cfg.out_dir, exist_ok=True)
         for file in (path, previous_name(path)):  # neither may pass for a checkpoint of this run
             if os.path.exists(file):
                 old = os.path.splitext(file)[0] + ".old.pt"
+                if os.path.realpath(cfg.distill_from or "") == os.path.realpath(file):
+                    cfg.distill_from = old  # where a resumed run finds it
                 os.replace(file, old)
                 say(f"{file} of an earlier run is now {old}")
     if world > 1:
@@ -668,22 +935,26 @@ def main(argv=None):
         gpu = [device] if device.type == "cuda" else None
         model = DistributedDataParallel(denoiser, device_ids=gpu, gradient_as_bucket_view=True,
                                         broadcast_buffers=False)
-    dtype = pick_dtype(cfg.dtype, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    stream = Stream(images, labels, cfg, config, device, rank, world)
     validation = validation_set(val_images, val_labels, config, cfg.seed)
 
     say("\n".join(f"{key:>14} = {v}" for key, v in asdict(cfg).items() if v is not None))
     size = sum(p.numel() for p in denoiser.parameters()) / 1e6
-    say(f"{size:.2f} M parameters on {world} x {device} in {str(dtype)[6:]}; {len(images)} images; "
-        f"{counts[0]} of {config.grid**2} patches visible (mask ratio "
+    say(f"{size:.2f} M parameters on {world} x {device} in {str(dtype)[6:]}; {len(stream.new)} "
+        f"images; {counts[0]} of {config.grid**2} patches visible (mask ratio "
         f"{1 - counts[0] / config.grid**2:.4g}); writing {path}")
     if len(set(counts)) > 1:
         say(f"visible patches in each sixth of the run: {', '.join(map(str, counts))}")
-    if cfg.batch_size > len(images):
-        say(f"a batch of {cfg.batch_size} holds images of this set of {len(images)} more than once")
+    for what, (pool, n, coef) in zip(("replayed", "distilled"), stream.parts[1:]):
+        if n:
+            say(f"{n} of {cfg.batch_size} images of a batch are {what}, with coefficient {coef}"
+                + (f", from {len(pool)}" if what == "replayed" else ""))
+    if cfg.batch_size > len(stream.new):
+        say(f"a batch of {cfg.batch_size} holds images of this set of {len(stream.new)} more than "
+            "once")
 
     # -- saving, logging, stopping ----------------------------------------------------------------
+    continual = {k: v for k, v in (("anchor", anchor), ("importance", importance)) if v}
+
     def save(to=path):
         """Whether the checkpoint is on disk. A full disk does not stop the run before its end."""
         if rank > 0:
@@ -692,7 +963,7 @@ def main(argv=None):
             save_checkpoint(to, dict(
                 model=denoiser.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                 architecture=architecture(config), config=asdict(cfg), step=step, run_id=run_id,
-                data_hash=meta["hash"], class_names=meta["class_names"]))
+                data_hash=meta["hash"], class_names=meta["class_names"], **continual))
             return True
         except (OSError, RuntimeError) as e:
             say(f"step {step}: {to} could not be written ({e}); the checkpoint before it is kept")
@@ -742,7 +1013,8 @@ def main(argv=None):
         return int(number)
 
     # -- the loop ---------------------------------------------------------------------------------
-    log(event="start", config=asdict(cfg))
+    log(event="start", config=asdict(cfg), replayed=stream.parts[1][1] / cfg.batch_size,
+        distilled=stream.parts[2][1] / cfg.batch_size)
     bar = tqdm(total=cfg.steps, initial=step, desc=name, disable=rank > 0, unit="step")
     started = saved = time.time()
     first, seen, bad, waited = step, 0, 0, 0.0
@@ -767,12 +1039,17 @@ def main(argv=None):
             for i in starts:
                 part = {key: None if t is None else t[i : i + micro] for key, t in batch.items()}
                 with nullcontext() if world == 1 or i == starts[-1] else model.no_sync():
-                    part_loss = loss_of(model, step, **part, **shared).mean()
+                    weight = part.pop("weight", None)
+                    part = with_teacher(teacher, **part) if teacher else part
+                    part_loss = loss_of(model, step, **part, **shared)
+                    part_loss = (part_loss if weight is None else weight * part_loss).mean()
                     (part_loss / len(starts)).backward()
                 loss += part_loss.detach() / len(starts)
         if world > 1:
             dist.all_reduce(loss)
             loss /= world
+        if strength:  # the same on all processes, after their gradients were averaged
+            loss = loss + add_penalty(list(denoiser.parameters()), list(anchor.values()), strength)
         total_norm = torch.nn.utils.get_total_norm(p.grad for p in denoiser.parameters())
         loss, norm = torch.stack([loss, total_norm]).tolist()  # the step's one wait for the GPU
         if math.isfinite(loss) and math.isfinite(norm):
@@ -830,6 +1107,11 @@ def main(argv=None):
         evaluate()
         if not save():
             sys.exit(f"{path} could not be written: free some space and run again with --resume")
+    if cfg.ewc and (step > first or "fisher" not in (checkpoint or {})):
+        own = task_fisher(cfg, ema.requires_grad_(True), cfg.fisher_batches, device, autocast, rank,
+                          world)  # for the next task: the importance for all tasks until now
+        continual["fisher"] = {n: f + importance[n] for n, f in own.items()}
+        save()
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY, mistake, run
 
+import model
 import sample
 import train
 from model import (Denoiser, ModelConfig, consistency_function, consistency_loss, consistency_step, load_checkpoint,
@@ -81,7 +82,7 @@ def residuals(monkeypatch, goals, t=2.0, segments=1):
     for stage in (3, 4, 5, 6, 7):
         row = []
         for goal in goals(clean + t * noise):
-            monkeypatch.setattr(train, "posterior_mean", lambda *a: goal)
+            monkeypatch.setattr(model, "posterior_mean", lambda *a: goal)
             loss = train.consistency_objective(
                 Exact(segments), CONFIG, settings(cm_segments=segments), 100 * stage, sample.segment_edges(segments), clean,
                 noise, sigma, None, None, references=clean)
@@ -232,6 +233,12 @@ def test_tuning_runs_resumes_and_is_sampled_by_the_right_rule(labelled, tmp_path
     sample.main(["--ckpt", f"{tmp_path}/cm.pt", "--num=4", "--steps=2", "--out", f"{tmp_path}/y.npz"])
     lines = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert math.isfinite([r["val_loss"] for r in lines if r["run"] == "cm" and "val_loss" in r][-1])
+
+
+def test_tuning_is_in_float32_unless_asked_otherwise():
+    cpu = torch.device("cpu")
+    assert train.pick_dtype("auto", cpu, "consistency") is torch.float32
+    assert train.pick_dtype("bfloat16", cpu, "consistency") is torch.bfloat16
 
 
 def test_two_processes_tune_like_one(labelled, tmp_path):

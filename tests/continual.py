@@ -1,0 +1,167 @@
+"""Learn prepared sets one after another, by several methods, and measure what is forgotten.
+
+python tests/continual.py data/a data/b --minutes 4 --methods fine-tuning,joint,replay-0.1-512
+
+Every method starts from one model of the first set. After each set the random-feature Frechet
+distance to every set so far is measured with --num samples. What is finished lies in
+OUT/continual.json and is not run again. Methods, as flags of train.py:
+
+fine-tuning                nothing but the new set
+joint                      --data: all sets so far
+l2-C, ewc-C                --l2_prev=C, --ewc=C
+replay-COEF-BUFFER         --replay: all old sets, --replay_coef, --replay_buffer
+generative-COEF            --replay: --num samples of the model before, made a set by prepare_data.py
+distillation-COEF          --distill_from: the model before, --distill_coef
+NAME+masked                the same with --mask_ratio=0.75 in the first half of the time
+
+The report of train.py --eval_only on all sets (loss by noise level, bits per dimension) is stored
+beside the distances, and its change from the first model to the last is printed for the first set.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from reproduce import QUIET, call, masked, train_for
+
+DEFAULT = ("fine-tuning,joint,l2-10,ewc-1e5,replay-1-64,replay-0.1-64,replay-1-512,replay-0.1-512,generative-1,"
+           "distillation-1,replay-0.1-512+masked,distillation-1+masked")
+
+
+def flags_of(method, tasks, before, folder, args, log):
+    """The flags of train.py for learning tasks[-1] when `before`, a checkpoint, knows the others."""
+    name, *values = method.split("+")[0].split("-")
+    old = ",".join(tasks[:-1])
+    if name == "fine":
+        return [f"--data={tasks[-1]}"]
+    if name == "joint":
+        return [f"--data={','.join(tasks)}"]
+    if name in ("l2", "ewc"):
+        return [f"--data={tasks[-1]}", f"--{dict(l2='l2_prev', ewc='ewc')[name]}={'-'.join(values)}"]
+    if name == "replay":
+        return [f"--data={tasks[-1]}", f"--replay={old}", f"--replay_coef={values[0]}", f"--replay_buffer={values[1]}"]
+    if name == "generative":
+        made = folder / "generated"
+        call("sample.py", "--ckpt", before, f"--num={args.num}", "--steps=10", "--out", f"{made}.npz", log=log)
+        call("prepare_data.py", f"{made}.npz", "--out", made, "--force", log=log)
+        return [f"--data={tasks[-1]}", f"--replay={made}", f"--replay_coef={values[0]}"]
+    if name == "distillation":
+        return [f"--data={tasks[-1]}", f"--distill_from={before}", f"--distill_coef={values[0]}"]
+    sys.exit(f"--methods has {method!r}, expected some of those in --help")
+
+
+def distances(checkpoint, tasks, folder, args, log):
+    """Random-feature Frechet distance of a model's samples to each set."""
+    call("sample.py", "--ckpt", checkpoint, f"--num={args.num}", "--steps=10", f"--seed={args.seed}", "--out",
+         folder / "samples.npz", log=log)
+    found = []
+    for i, task in enumerate(tasks):
+        reference = Path(args.out) / f"reference{i}.npz"
+        if not reference.exists():
+            call("fid.py", task, "--features=random", f"--num={args.references}", "--stats", reference, log=log)
+        out, _ = call("fid.py", reference, folder / "samples.npz", "--features=random", "--json", log=log)
+        found.append(json.loads(out.splitlines()[-1])["random_fd"])
+    return found
+
+
+def learn(method, tasks, args, first):
+    """Run a method through all tasks; returns the matrix of distances, row t after task t."""
+    folder = Path(args.out) / f"{method}-{args.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    log, checkpoint, matrix, seconds = folder / "output.txt", first["checkpoint"], [first["row"]], []
+    for t in range(1, len(tasks)):
+        here = folder / f"task{t}"
+        here.mkdir(exist_ok=True)
+        begun = time.time()  # what a method does before it trains counts, too
+        flags = [*QUIET, f"--seed={args.seed}", *flags_of(method, tasks[: t + 1], checkpoint, here, args, log)]
+        seconds.append(time.time() - begun)
+        halves = [(0.5, masked(0.75)), (0.5, [])] if method.endswith("+masked") else [(1, [])]
+        for i, (share, mask) in enumerate(halves):
+            start = f"--init_from={checkpoint}"
+            checkpoint, facts = train_for(60 * args.minutes * share, here / f"stage{i}", [*flags, start, *mask], log)
+            seconds.append(facts["wall"])
+        matrix.append(distances(checkpoint, tasks[: t + 1], here, args, log))
+    return dict(key=key_of(method, args), method=method, seed=args.seed, matrix=matrix, seconds=sum(seconds),
+                checkpoint=str(checkpoint), report=report_of(checkpoint, tasks, log))
+
+
+def key_of(method, args):
+    """What makes a result another one."""
+    return [method, args.seed, args.minutes, args.num, args.tasks]
+
+
+def report_of(checkpoint, tasks, log):
+    out, _ = call("train.py", "--eval_only", f"--ckpt={checkpoint}", f"--data={','.join(tasks)}", log=log)
+    return json.loads(out.splitlines()[-1])
+
+
+def table(results, tasks):
+    names = [Path(t).name for t in tasks]
+    print("\n| method | " + " | ".join(f"{n} after {m}" for j, m in enumerate(names) for n in names[: j + 1])
+          + " | average at the end | forgetting | seconds |\n" + "|---" * (len(names) * (len(names) + 1) // 2 + 4) + "|")
+    for r in results:
+        last = r["matrix"][-1]
+        lost = [last[i] - min(row[i] for row in r["matrix"] if len(row) > i) for i in range(len(last) - 1)]
+        print(f"| {r['method']} | " + " | ".join(f"{v:.4g}" for row in r["matrix"] for v in row)
+              + f" | {statistics.mean(last):.4g} | {statistics.mean(lost):.4g} | {r['seconds']:.0f} |")
+
+
+def change_by_level(first, results, tasks):
+    """Loss on the first set after the last minus before, by noise level; and bits per dimension."""
+    before = first["report"][tasks[0]]
+    middle = [(a + b) / 2 for a, b in zip(before["ln_sigma"], before["ln_sigma"][1:])]
+    print("\n| change on the first set | " + " | ".join(f"ln sigma {v:.1f}" for v in middle)
+          + " | bits per dimension | Frechet distance |\n" + "|---" * 13 + "|")
+    for r in results:
+        after = r["report"][tasks[0]]
+        print(f"| {r['method']} | " + " | ".join(
+            f"{b - a:+.4f}" for a, b in zip(before["loss_by_level"], after["loss_by_level"]))
+            + f" | {after['bits_per_dim'] - before['bits_per_dim']:+.4f} "
+            f"| {r['matrix'][-1][0] - r['matrix'][0][0]:+.4g} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="+", help="prepared sets, in the order of learning")
+    parser.add_argument("--methods", default=DEFAULT, help="with commas")
+    parser.add_argument("--minutes", type=float, default=4, help="of training, for each set and method")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num", type=int, default=500, help="samples of each Frechet distance")
+    parser.add_argument("--references", type=int, default=2000, help="real images of each Frechet distance")
+    parser.add_argument("--out", default="out/continual")
+    args = parser.parse_args()
+    args.out = os.path.abspath(args.out)
+    args.tasks = tasks = [os.path.abspath(t) for t in args.tasks]
+    folder = Path(args.out) / f"first-{args.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    done = Path(args.out) / "continual.json"
+    results = json.loads(done.read_text()) if done.exists() else []
+    if not (folder / "first.json").exists():
+        log = folder / "output.txt"
+        pt, _ = train_for(30 * args.minutes, folder / "stage0", [
+            *QUIET, f"--data={tasks[0]}", "--preset=demo", f"--seed={args.seed}", *masked(0.75)], log)
+        checkpoint, _ = train_for(30 * args.minutes, folder / "stage1", [
+            *QUIET, f"--data={tasks[0]}", f"--seed={args.seed}", f"--init_from={pt}"], log)
+        row = distances(checkpoint, tasks[:1], folder, args, log)
+        (folder / "first.json").write_text(json.dumps(dict(
+            checkpoint=str(checkpoint), row=row, report=report_of(checkpoint, tasks, log))))
+    first = json.loads((folder / "first.json").read_text())
+    for method in args.methods.split(","):
+        if not any(r["key"] == key_of(method, args) for r in results):
+            results.append(learn(method, tasks, args, first))
+            done.write_text(json.dumps(results, indent=1))
+            print(method, results[-1]["matrix"], file=sys.stderr, flush=True)
+    mine = [r for r in results if r["key"] in [key_of(m, args) for m in args.methods.split(",")]]
+    table(mine, tasks)
+    change_by_level(first, mine, tasks)
+
+
+if __name__ == "__main__":
+    main()
