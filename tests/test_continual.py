@@ -258,7 +258,7 @@ def test_distilled_images_are_two_euler_steps_of_the_teacher_and_others_stay(tas
     torch.nn.init.normal_(teacher.net.head.weight, std=0.1)
     batch = stream_of(tasks, replay_frac=0.4, distill_from="teacher")().load(0)
     assert batch["distilled"].tolist() == [False] * 6 + [True] * 4
-    index, weight = batch.pop("index"), batch.pop("weight")
+    del batch["index"], batch["weight"]
     ours = train.with_teacher(teacher, **batch)
     assert torch.equal(ours["clean"][:6], batch["clean"][:6]) and torch.equal(ours["target"][:6], batch["clean"][:6])
     middle = ((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7
