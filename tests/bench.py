@@ -175,7 +175,8 @@ def steps(case):
             optimizer.zero_grad(set_to_none=True)
             lap("ema")
             records.append(parts)
-            first_s = first_s if step else now() - begun  # with compilation, if any
+            if step == 0:
+                first_s = now() - begun  # with compilation, if any
         memory = peak_memory() / 1e9
         outside = 1 - products_share(lambda: forward(batch, 0).backward(), dtype)
     parts = {name: statistics.median(r[name] for r in records[1:]) for name in parts}
