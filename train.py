@@ -202,30 +202,26 @@ def resolve(given, previous, device):
         cfg.compile = device.type == "cuda"
     if cfg.loss == "consistency" and cfg.cm_stage_length is None:
         cfg.cm_stage_length = max(1, math.ceil(cfg.steps / 8))
-    idle = {k: "--loss=consistency" for k in given if k.startswith("cm_") or k == "ref_batch"}
-    if cfg.loss == "consistency":
-        idle = {}
-    if not cfg.decoder_depth and "init_from" not in given and not previous:
-        needs_decoder = ("decoder_dim", "decoder_heads", "mae_weight")
-        idle |= {k: "--decoder_depth" for k in given if k in needs_decoder}
-    if cfg.mask_ratio_end is None:
-        idle |= {k: "--mask_ratio_end" for k in given if k == "mask_schedule"}
-    if not cfg.replay:
-        idle |= {k: "--replay" for k in given if k in ("replay_coef", "replay_buffer")}
-    if not cfg.distill_from:
-        idle |= {k: "--distill_from" for k in given if k == "distill_coef"}
-    if not cfg.replay and not cfg.distill_from:
-        idle |= {k: "--replay or --distill_from" for k in given if k == "replay_frac"}
-    if not cfg.ewc:
-        idle |= {k: "--ewc" for k in given if k == "fisher_batches"}
     reporting = {"eval_only", "ckpt", "data", "out_dir", "seed", "device", "dtype"}
     if cfg.eval_only and set(given) - reporting:
         sys.exit(f"--{min(set(given) - reporting)} does nothing with --eval_only: leave it out "
                  "(the checkpoint is --ckpt)")
-    if not cfg.eval_only:
-        idle |= {k: "--eval_only" for k in given if k == "ckpt"}
-    for name, needed in idle.items():
-        sys.exit(f"--{name} does nothing without {needed}: give that, too, or leave it out")
+    cm = {f.name for f in fields(Config) if f.name.startswith("cm_")}
+    decoder = cfg.decoder_depth or "init_from" in given or previous
+    useful = [  # what is needed, whether it is there, what does nothing otherwise
+        ("--loss=consistency", cfg.loss == "consistency", cm | {"ref_batch"}),
+        ("--decoder_depth", decoder, {"decoder_dim", "decoder_heads", "mae_weight"}),
+        ("--mask_ratio_end", cfg.mask_ratio_end is not None, {"mask_schedule"}),
+        ("--replay", cfg.replay, {"replay_coef", "replay_buffer"}),
+        ("--distill_from", cfg.distill_from, {"distill_coef"}),
+        ("--replay or --distill_from", cfg.replay or cfg.distill_from, {"replay_frac"}),
+        ("--ewc", cfg.ewc, {"fisher_batches"}),
+        ("--eval_only", cfg.eval_only, {"ckpt"}),
+    ]
+    for needed, there, names in useful:
+        if not there and names & set(given):
+            sys.exit(f"--{min(names & set(given))} does nothing without {needed}: give that, too, or "
+                     "leave it out")
     return cfg
 
 
@@ -523,7 +519,6 @@ def validate(loss_of, data, autocast, device, rank, world, batch):
 
 # ---------------------------------------------------------------------------------------------
 # Report: what a model knows of some data sets (--eval_only).
-
 
 
 @torch.no_grad()
