@@ -14,6 +14,7 @@ interrupted comparison goes on.
 import argparse
 import json
 import os
+import platform
 import shutil
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
+import torch
 
 import sample
 
@@ -100,6 +102,17 @@ def train_for(seconds, out_dir, flags, log):
         peak_gb=memory, val_loss=[r["val_loss"] for r in records(out_dir) if "val_loss" in r][-1])
 
 
+def where_from():
+    """What a figure must be told with: the code, the machine."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True,
+                         text=True)
+    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] \
+        if os.path.exists("/proc/cpuinfo") else [platform.processor()]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(names)} cores of {names[0]}"
+    return dict(commit=git.stdout.strip() or "unknown", machine=device, torch=torch.__version__,
+                date=time.strftime("%Y-%m-%d"))
+
+
 def folder_of(args, name, seed):
     return Path(args.out) / args.claim / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
 
@@ -129,7 +142,7 @@ def run_row(name, seed, args):
                           f"--num={args.num}", "--json", log=log)
             drawn[-1]["kid"] = json.loads(kid.splitlines()[-1])["kid"]
     return dict(row=name, seed=seed, minutes=args.minutes, num=args.num, stages=stages, drawn=drawn,
-                val_loss=stages[-1]["val_loss"])
+                val_loss=stages[-1]["val_loss"], **where_from())
 
 
 def table(results):
