@@ -113,6 +113,70 @@ def load_array(path):
         sys.exit(f"cannot read {path} ({why}): expected a complete .npy file of plain numbers")
 
 
+# ---- What training reads: several sets as one, visible patches, a few images of each class.
+
+
+def open_union(names, split="train"):
+    """Several prepared sets: their arrays, the labels of all (or None), and one meta."""
+    opened = [open_dataset(name, split) for name in names]
+    first = opened[0][2]
+    for name, (_, _, meta) in zip(names, opened):
+        for key in ("size", "channels", "dtype"):
+            need(meta[key] == first[key], f"{name} has {key} {meta[key]}, but {names[0]} has "
+                 f"{first[key]}: prepare them alike")
+    if len(opened) == 1:
+        return [opened[0][0]], opened[0][1], first
+    numbered = [str(i) for i in range(len(first["class_names"] or []))]  # classes of drawn images
+    alike = all(m["class_names"] in (first["class_names"], numbered) for _, _, m in opened)
+    classes = first["class_names"] if alike else None  # else a label would mean two things
+    labels = np.concatenate([labels for _, labels, _ in opened]) if classes else None
+    meta = first | dict(class_names=classes, hash="+".join(m["hash"] for _, _, m in opened))
+    return [images for images, _, _ in opened], labels, meta
+
+
+def gather_patches(images, index, visible, patch_size, flip):
+    """The visible patches of some images, and no other byte of them.
+
+    images (N, H, W, C) array or memmap, index (b,), visible (b, K) patch numbers, flip (b,) bool:
+    mirrored images, whose patch numbers count from the mirrored side. Returns (b, K, p*p*C).
+    """
+    n, size, _, channels = images.shape
+    p, g = patch_size, size // patch_size
+    patches = images.reshape(n, g, p, g, p, channels)  # a view: nothing is read yet
+    row, col = visible // g, visible % g
+    col = np.where(flip[:, None], g - 1 - col, col)
+    out = patches[index[:, None], row, :, col]  # (b, K, p, p, C)
+    out[flip] = out[flip][:, :, :, ::-1]
+    return out.reshape(*visible.shape, p * p * channels)
+
+
+def gather(sets, index, visible, patch_size, flip):
+    """`gather_patches` from several arrays that are numbered through."""
+    if len(sets) == 1:
+        return gather_patches(sets[0], index, visible, patch_size, flip)
+    starts = np.cumsum([0] + [len(s) for s in sets])
+    which = np.searchsorted(starts, index, side="right") - 1
+    out = None
+    for i in np.unique(which):
+        mine = which == i
+        part = gather_patches(sets[i], index[mine] - starts[i], visible[mine], patch_size,
+                              flip[mine])
+        out = np.empty((len(index), *part.shape[1:]), part.dtype) if out is None else out
+        out[mine] = part
+    return out
+
+
+def choose_buffer(n, labels, size, seed):
+    """`size` of n images, alike many of each class: sorted numbers, by the seed alone."""
+    order = np.random.default_rng(seed).permutation(n)
+    rank = np.zeros(n, np.int64)  # how many of its class come before it
+    if labels is not None:
+        for c in np.unique(labels):
+            mine = np.flatnonzero(labels[order] == c)
+            rank[mine] = np.arange(len(mine))
+    return np.sort(order[np.argsort(rank, kind="stable")[:size]])
+
+
 # ---- Sources: a list of candidates and a way to load each.
 
 

@@ -42,14 +42,14 @@ from model import (PRESETS, Denoiser, ModelConfig, add_penalty, architecture, bo
                    consistency_objective, count_hidden, count_visible, denoiser_from_checkpoint,
                    fisher_information, load_checkpoint, objective, patchify, previous_name,
                    sample_visible, save_checkpoint, stored_config)
-from prepare_data import Parser, open_dataset, prepare
+from prepare_data import Parser, choose_buffer, gather, open_dataset, open_union, prepare
 
 # ---------------------------------------------------------------------------------------------
 # Settings: one line each; the command line is made from them. None: chosen by DEFAULTS below.
 
 
-def setting(default, help, **choices):
-    return field(default=default, metadata={"help": help, **choices})
+def setting(default, help, low=None, below=math.inf, choices=None):
+    return field(default=default, metadata=dict(help=help, low=low, below=below, choices=choices))
 
 
 @dataclass
@@ -61,12 +61,12 @@ class Config:
     init_weights: str = setting("ema", "which of its weights", choices=("ema", "raw"))
     resume: str | None = setting(None, "go on with the last run; 'auto': if there is one")
     # masking
-    mask_ratio: float = setting(0.0, "share of the patches hidden; > 0 is stage 1")
-    mask_ratio_end: float | None = setting(None, "share at the end of the run; default: mask_ratio")
+    mask_ratio: float = setting(0.0, "share of the patches hidden; > 0 is stage 1", low=0, below=1)
+    mask_ratio_end: float | None = setting(None, "share at the end (the same)", low=0, below=1)
     mask_schedule: str = setting("cosine4", "way from the one to the other; cosineK: cos(pi/2 x)^K",
                                  choices=("linear", "cosine", "cosine2", "cosine4"))
     mask_type: str = setting("block", "what is hidden", choices=("patch", "block", "crop"))
-    block_size: int = setting(2, "patches a side of a hidden block")
+    block_size: int = setting(2, "patches a side of a hidden block", low=1)
     # network
     preset: str | None = setting(None, "network size", choices=tuple(PRESETS))
     dim: int | None = setting(None, "width; overrides the preset")
@@ -77,64 +77,64 @@ class Config:
     decoder_dim: int | None = setting(None, "their width; default: dim")
     decoder_heads: int | None = setting(None, "their attention heads; default: heads")
     dense_depth: int | None = setting(None, "first blocks that see all patches, too (SPRINT)")
-    mae_weight: float = setting(0.1, "weight of the decoder's reconstruction of hidden patches")
+    mae_weight: float = setting(0.1, "weight of the reconstruction of hidden patches", low=0)
     class_cond: bool = setting(False, "condition on the labels of the data set")
-    label_dropout: float = setting(0.1, "share of labels replaced by the null class")
+    label_dropout: float = setting(0.1, "share replaced by the null class", low=0, below=1)
     # consistency tuning: ECT, and SCT with reference images
     loss: str = setting("diffusion", "what is learned", choices=("diffusion", "consistency"))
     cm_preset: str = setting("cifar10", "ECT's settings for", choices=("cifar10", "imagenet64"))
     cm_q: float = setting(2.0, "the gap 1 - r/t of a pair of noise levels shrinks so much a stage")
-    cm_k: float = setting(8.0, "how much wider the gap is at low noise; 0: alike")
-    cm_b: float = setting(1.0, "how fast that falls with the noise level")
-    cm_stage_length: int | None = setting(None, "steps of a stage; default: an eighth of the run")
+    cm_k: float = setting(8.0, "how much wider the gap is at low noise; 0: alike", low=0)
+    cm_b: float = setting(1.0, "how fast that falls with the noise level", low=0)
+    cm_stage_length: int | None = setting(None, "steps of a stage; default: 1/8 of all", low=1)
     cm_smooth: bool = setting(False, "close the pairs in every step rather than by stages")
-    cm_c: float = setting(0.0, "constant of the pseudo-Huber distance")
+    cm_c: float = setting(0.0, "constant of the pseudo-Huber distance", low=0)
     cm_weight: str = setting("gap", "1/(t - r), or 1/t^2 + 1/sigma_data^2", choices=("gap", "edm"))
-    cm_segments: int = setting(1, "segments of the noise levels, one sampling step each")
-    ref_batch: int = setting(0, "images whose mean directs the target (SCT); 0: one (ECT)")
+    cm_segments: int = setting(1, "segments of the noise levels, one sampling step each", low=1)
+    ref_batch: int = setting(0, "images whose mean directs the target (SCT); 0: one (ECT)", low=0)
     # continual learning: what was learned before --init_from is kept in mind by ...
     replay: str | None = setting(None, "old prepared sets, with commas, in every batch")
-    replay_frac: float = setting(0.5, "share of a batch that is old")
-    replay_coef: float = setting(1.0, "weight of the old images' loss")
-    replay_buffer: int | None = setting(None, "images kept of each old set; default: all")
+    replay_frac: float = setting(0.5, "share of a batch that is old", low=0)
+    replay_coef: float = setting(1.0, "weight of the old images' loss", low=0)
+    replay_buffer: int | None = setting(None, "images kept of each old set; default: all", low=1)
     distill_from: str | None = setting(None, "checkpoint that draws the old images and judges them")
-    distill_coef: float = setting(1.0, "weight of their loss; they are replay_frac of a batch, too")
-    l2_prev: float = setting(0.0, "pull to the weights of --init_from")
-    ewc: float = setting(0.0, "the same, each weight by its importance (Fisher information)")
-    fisher_batches: int = setting(8, "batches from which the importance is estimated")
+    distill_coef: float = setting(1.0, "weight of their loss (share: replay_frac)", low=0)
+    l2_prev: float = setting(0.0, "pull to the weights of --init_from", low=0)
+    ewc: float = setting(0.0, "the same, each weight by its importance (Fisher information)", low=0)
+    fisher_batches: int = setting(8, "batches from which the importance is estimated", low=1)
     # report
     eval_only: bool = setting(False, "no training: losses and bits per dimension of --ckpt")
     ckpt: str | None = setting(None, "the checkpoint of --eval_only")
     # optimization
-    batch_size: int | None = setting(None, "images a step, over all processes")
+    batch_size: int | None = setting(None, "images a step, over all processes", low=1)
     micro_batch: int | None = setting(None, "images a process takes at once; default: its "
                                     "share, on a CPU as many as keep its caches warm")
-    steps: int | None = setting(None, "optimizer steps of the whole run")
+    steps: int | None = setting(None, "optimizer steps of the whole run", low=0)
     optimizer: str = setting("adamw", "optimizer", choices=("adamw", "radam"))
-    lr: float | None = setting(None, "learning rate")
+    lr: float | None = setting(None, "learning rate", low=0)
     lr_schedule: str | None = setting(None, "after the warm-up; rsqrt: falls from step 2000 on",
                                       choices=("constant", "cosine", "rsqrt"))
-    warmup: int = setting(100, "steps of linear warm-up")
-    weight_decay: float = setting(0.03, "decay of the weights")
-    beta1: float | None = setting(None, "first beta of the optimizer")
-    beta2: float = setting(0.99, "second beta of the optimizer")
-    grad_clip: float = setting(1.0, "largest norm of the gradient, 0 for no limit")
-    ema: float = setting(0.999, "decay of the averaged weights, with a warm-up")
+    warmup: int = setting(100, "steps of linear warm-up", low=0)
+    weight_decay: float = setting(0.03, "decay of the weights", low=0)
+    beta1: float | None = setting(None, "first beta of the optimizer", low=0, below=1)
+    beta2: float = setting(0.99, "second beta of the optimizer", low=0, below=1)
+    grad_clip: float = setting(1.0, "largest norm of the gradient, 0 for no limit", low=0)
+    ema: float = setting(0.999, "decay of the averaged weights, with a warm-up", low=0, below=1)
     p_mean: float = setting(-1.2, "mean of ln sigma in training (EDM table 1)")
-    p_std: float = setting(1.2, "standard deviation of ln sigma")
+    p_std: float = setting(1.2, "standard deviation of ln sigma", low=0)
     hflip: bool = setting(False, "flip half of the images left-right")
     # machine
     dtype: str = setting("auto", "of matrix products", choices=("auto", "float32", "bfloat16"))
     compile: bool | None = setting(None, "torch.compile; default: on a GPU")
     device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
-    seed: int = setting(0, "of every random draw")
+    seed: int = setting(0, "of every random draw", low=0)
     # intervals in steps, 0: never
-    log_every: int = setting(10, "a line in log.jsonl")
-    eval_every: int | None = setting(None, "validation loss")
-    sample_every: int | None = setting(None, "a grid of samples in out_dir")
-    save_every: int | None = setting(None, "a checkpoint; there is always one at the end")
-    save_minutes: float = setting(0.0, "a checkpoint, by the clock")
-    keep_every: int = setting(0, "a checkpoint that stays, NAME-STEP.pt")
+    log_every: int = setting(10, "a line in log.jsonl", low=0)
+    eval_every: int | None = setting(None, "validation loss", low=0)
+    sample_every: int | None = setting(None, "a grid of samples in out_dir", low=0)
+    save_every: int | None = setting(None, "a checkpoint; there is always one at the end", low=0)
+    save_minutes: float = setting(0.0, "a checkpoint, by the clock", low=0)
+    keep_every: int = setting(0, "a checkpoint that stays, NAME-STEP.pt", low=0)
 
 
 # What a consistency run takes where no flag says otherwise (ECT, arXiv 2406.14548, appendix; its
@@ -172,7 +172,9 @@ def parse_flags(argv):
     for f in fields(Config):
         kind = ([t for t in typing.get_args(f.type) if t is not type(None)] or [f.type])[0]
         default = "" if f.default is None else f" (default {f.default})"
-        extra = dict(f.metadata, help=f.metadata["help"] + default)
+        extra = dict(help=f.metadata["help"] + default)
+        if f.metadata["choices"]:
+            extra["choices"] = f.metadata["choices"]
         if kind is bool:
             extra["action"] = BooleanOptionalAction
         elif f.name == "resume":
@@ -220,8 +222,8 @@ def resolve(given, previous, device):
     ]
     for needed, there, names in useful:
         if not there and names & set(given):
-            sys.exit(f"--{min(names & set(given))} does nothing without {needed}: give that, too, or "
-                     "leave it out")
+            sys.exit(f"--{min(names & set(given))} does nothing without {needed}: give that, too, "
+                     "or leave it out")
     return cfg
 
 
@@ -234,18 +236,11 @@ def run_name(settings):
 
 def check(cfg):
     """Exit with a sentence on a value that no run can have."""
-    at_least = dict(batch_size=1, steps=0, warmup=0, seed=0, block_size=1, log_every=0,
-                    save_every=0, eval_every=0, sample_every=0, save_minutes=0, keep_every=0,
-                    weight_decay=0, grad_clip=0, lr=0, p_std=0, mae_weight=0, cm_k=0, cm_b=0,
-                    cm_c=0, cm_segments=1, ref_batch=0, replay_frac=0, replay_coef=0,
-                    distill_coef=0, l2_prev=0, ewc=0, fisher_batches=1)
-    if cfg.cm_stage_length is not None:
-        at_least["cm_stage_length"] = 1
-    if cfg.replay_buffer is not None:
-        at_least["replay_buffer"] = 1
-    for name, low in at_least.items():
-        if not getattr(cfg, name) >= low:
-            sys.exit(f"--{name} is {getattr(cfg, name)}, expected at least {low}")
+    for f in fields(cfg):
+        value, low, below = getattr(cfg, f.name), f.metadata["low"], f.metadata["below"]
+        if None not in (value, low) and not low <= value < below:
+            top = f" and below {below}" if below < math.inf else ""
+            sys.exit(f"--{f.name} is {value}, expected at least {low}{top}")
     if cfg.loss == "consistency":
         stages = math.ceil(cfg.steps / cfg.cm_stage_length)
         if cfg.cm_q <= 1 or stages * math.log2(cfg.cm_q) > 20:
@@ -259,9 +254,6 @@ def check(cfg):
                  f"of the {cfg.batch_size} of a batch")
     if cfg.distill_from and cfg.loss == "consistency":
         sys.exit("--distill_from is for --loss=diffusion: a consistency model has its own teacher")
-    for name in ("ema", "beta1", "beta2", "label_dropout", "mask_ratio", "mask_ratio_end"):
-        if not 0 <= (getattr(cfg, name) or 0) < 1:
-            sys.exit(f"--{name} is {getattr(cfg, name)}, expected at least 0 and below 1")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -285,49 +277,6 @@ def mask_ratios(cfg, grid):
     shape = [math.cos(math.pi / 2 * i / 5) ** power if power else 1 - i / 5 for i in range(6)]
     ratios = [cfg.mask_ratio_end + (cfg.mask_ratio - cfg.mask_ratio_end) * share for share in shape]
     return [r if count_hidden(grid, r, cfg.mask_type, cfg.block_size) else 0.0 for r in ratios]
-
-
-def gather_patches(images, index, visible, patch_size, flip):
-    """The visible patches of some images, and no other byte of them.
-
-    images (N, H, W, C) array or memmap, index (b,), visible (b, K) patch numbers, flip (b,) bool:
-    mirrored images, whose patch numbers count from the mirrored side. Returns (b, K, p*p*C).
-    """
-    n, size, _, channels = images.shape
-    p, g = patch_size, size // patch_size
-    patches = images.reshape(n, g, p, g, p, channels)  # a view: nothing is read yet
-    row, col = visible // g, visible % g
-    col = np.where(flip[:, None], g - 1 - col, col)
-    out = patches[index[:, None], row, :, col]  # (b, K, p, p, C)
-    out[flip] = out[flip][:, :, :, ::-1]
-    return out.reshape(*visible.shape, p * p * channels)
-
-
-def gather(sets, index, visible, patch_size, flip):
-    """`gather_patches` from several arrays that are numbered through."""
-    if len(sets) == 1:
-        return gather_patches(sets[0], index, visible, patch_size, flip)
-    starts = np.cumsum([0] + [len(s) for s in sets])
-    which = np.searchsorted(starts, index, side="right") - 1
-    out = None
-    for i in np.unique(which):
-        mine = which == i
-        part = gather_patches(sets[i], index[mine] - starts[i], visible[mine], patch_size,
-                              flip[mine])
-        out = np.empty((len(index), *part.shape[1:]), part.dtype) if out is None else out
-        out[mine] = part
-    return out
-
-
-def choose_buffer(n, labels, size, seed):
-    """`size` of n images, alike many of each class: sorted numbers, by the seed alone."""
-    order = np.random.default_rng(seed).permutation(n)
-    rank = np.zeros(n, np.int64)  # how many of its class come before it
-    if labels is not None:
-        for c in np.unique(labels):
-            mine = np.flatnonzero(labels[order] == c)
-            rank[mine] = np.arange(len(mine))
-    return np.sort(order[np.argsort(rank, kind="stable")[:size]])
 
 
 @lru_cache(8)
@@ -566,25 +515,6 @@ def report(denoiser, class_names, names, seed, device, autocast, limit=512):
 # Set-up: where to start from.
 
 
-def open_union(names, split="train"):
-    """Several prepared sets: their arrays, the labels of all (or None), and one meta."""
-    opened = [open_dataset(name, split) for name in names]
-    first = opened[0][2]
-    for name, (_, _, meta) in zip(names, opened):
-        for key in ("size", "channels", "dtype"):
-            if meta[key] != first[key]:
-                sys.exit(f"{name} has {key} {meta[key]}, but {names[0]} has {first[key]}: prepare "
-                         "them alike")
-    if len(opened) == 1:
-        return [opened[0][0]], opened[0][1], first
-    numbered = [str(i) for i in range(len(first["class_names"] or []))]  # classes of drawn images
-    alike = all(m["class_names"] in (first["class_names"], numbered) for _, _, m in opened)
-    classes = first["class_names"] if alike else None  # else a label would mean two things
-    labels = np.concatenate([labels for _, labels, _ in opened]) if classes else None
-    meta = first | dict(class_names=classes, hash="+".join(m["hash"] for _, _, m in opened))
-    return [images for images, _, _ in opened], labels, meta
-
-
 def task_fisher(cfg, denoiser, batches, device, autocast, rank, world):
     """The Fisher information of a model on the data that cfg names, without what it replays."""
     sets, labels, _ = open_union(cfg.data.split(","))
@@ -658,7 +588,7 @@ def load_teacher(cfg, config, device):
 
 
 def taken_up(given):
-    """(path, checkpoint, the file it was read from) of the run that --resume means, or three None."""
+    """(path, checkpoint, the file it was read from) of the run that --resume means, or None x 3."""
     how = given.get("resume")
     out_dir = given.get("out_dir", Config.out_dir)
     if how is None:
@@ -707,8 +637,8 @@ def model_config(cfg, given, meta, start, resumed, say):
                  "with one sub-folder a class, or leave the flag out")
     theirs = start["architecture"]["num_classes"] if resumed else classes
     if classes != theirs:
-        sys.exit(f"{cfg.data} has {classes} classes, but the run has {theirs}: resume on the data it "
-                 "began with, or start a new run with --init_from")
+        sys.exit(f"{cfg.data} has {classes} classes, but the run has {theirs}: resume on the data "
+                 "it began with, or start a new run with --init_from")
     segments = cfg.cm_segments if cfg.loss == "consistency" else 0
     config = ModelConfig(image_size=meta["size"], channels=meta["channels"], num_classes=classes,
                          sigma_data=meta["sigma_data"], cm_segments=segments, **sizes)
@@ -733,7 +663,7 @@ def load_initial(denoiser, weights, path, say):
 def pick_dtype(name, device, loss="diffusion"):
     """auto: bfloat16 where the processor multiplies in it, else float32.
 
-    But float32 for a consistency loss: it is the difference of two answers that are nearly the same,
+    But float32 for a consistency loss: it is the difference of two answers that are nearly equal,
     and in the last stages bfloat16's rounding is larger than that.
     """
     if name != "auto":
@@ -773,8 +703,8 @@ def learning_rate(cfg, step):
 
 def start_loader(device):
     """Set up the thread that makes the next batch while this one is computed."""
-    # With threads of its own there would be more than there are cores, and then OpenMP sends all its
-    # threads to sleep between two operations: masked steps took up to twice as long.
+    # With threads of its own there would be more than there are cores, and then OpenMP sends all
+    # its threads to sleep between two operations: masked steps took up to twice as long.
     torch.set_num_threads(1)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # a new thread begins with the first GPU
@@ -1073,6 +1003,7 @@ def main(argv=None):
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
             log(loss=loss, grad_norm=norm, lr=learning_rate(cfg, step - 1), images_per_s=rate,
                 seconds=time.time() - started, seconds_waited_for_data=waited)
+        aside = time.time()  # the clock of training stands until the next step
         if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps and not stop:
             evaluate()
         if cfg.sample_every and step % cfg.sample_every == 0 and rank == 0:
@@ -1088,6 +1019,7 @@ def main(argv=None):
             saved = time.time()
         if cfg.keep_every and step % cfg.keep_every == 0:
             save(f"{os.path.splitext(path)[0]}-{step:07d}.pt")
+        started += time.time() - aside
     bar.close()
     loader.shutdown(cancel_futures=True)
     if bad >= 10:
@@ -1122,5 +1054,5 @@ if __name__ == "__main__":
         lost = re.search("gloo|nccl|connection|timed? ?out", str(e), re.IGNORECASE)
         if not (dist.is_initialized() and lost):
             raise
-        sys.exit(f"process {dist.get_rank()} lost touch with another one ({str(e).splitlines()[0]}): "
+        sys.exit(f"process {dist.get_rank()} lost touch with another ({str(e).splitlines()[0]}): "
                  "the report of torchrun names the one that failed first; go on with --resume")

@@ -31,6 +31,7 @@ import model
 import prepare_data
 import sample
 import train
+from reproduce import where_from
 
 DEVICE = sample.pick_device("auto")
 SMALL = DEVICE.type == "cpu"  # batches that two cores finish in minutes
@@ -364,6 +365,21 @@ def table(rows):
         print(f"| {name} | " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values.values()) + " |")
 
 
+def summary(results):
+    """The table of README from what --json stored of the section steps."""
+    lines = ["| network, batch | mask ratio | step | against ratio 0 | images/s | share of the matmul peak | peak memory |",
+             "|---|---|---|---|---|---|---|"]
+    rows = {r["case"]: r for r in results if r["section"] == "steps" and not r["case"].startswith("demo")}
+    for name, r in rows.items():
+        network, size, _, ratio, *batch = name.split()
+        whole = rows[" ".join([network, size, "ratio 0", *batch])]
+        again = "" if r is whole else f"1/{whole['step_ms'] / r['step_ms']:.3g}"
+        lines.append(f"| {network} at {size[:-2]} px, {round(r['images_per_s'] * r['step_ms'] / 1e3)} | {ratio} "
+                     f"| {r['step_ms'] / 1e3:.3g} s | {again} | {r['images_per_s']:.3g} | {r['mfu']:.0%} "
+                     f"| {r['peak_gb']:.2g} GB |")
+    return "\n".join(lines)
+
+
 def report(section, rows):
     """What the ratios of a section say."""
     values = dict(rows)
@@ -390,6 +406,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("section", nargs="*", help=f"of {', '.join(CASES)} (default: all)")
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--json", help="file for the results, the commit and the machine")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
@@ -398,12 +415,17 @@ def main():
         print(json.dumps(kind(case)))
         return
     print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads")
+    results = []
     for section in args.section or CASES:
         cases = {n: c for n, c in CASES[section].items() if args.only in n}
         rows = [(name, run_case(section, case)) for name, case in cases.items()]
         print(f"\n## {section}\n")
         table(rows)
         report(section, rows)
+        results += [dict(section=section, case=name, **values, **where_from()) for name, values in rows]
+    if args.json:
+        about = dict(command=" ".join(["python tests/bench.py", *args.section]), results=results)
+        Path(args.json).write_text(json.dumps(about, indent=1))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from reproduce import QUIET, call, masked, train_for
+import numpy as np
+
+from reproduce import QUIET, call, last_json, masked, train_for, where_from  # puts the project on the path
+
+import sample
 
 DEFAULT = ("fine-tuning,joint,l2-10,ewc-1e5,replay-1-64,replay-0.1-64,replay-1-512,replay-0.1-512,generative-1,"
            "distillation-1,replay-0.1-512+masked,distillation-1+masked")
@@ -60,13 +64,15 @@ def distances(checkpoint, tasks, folder, args, log):
     """Random-feature Frechet distance of a model's samples to each set."""
     call("sample.py", "--ckpt", checkpoint, f"--num={args.num}", "--steps=10", f"--seed={args.seed}", "--out",
          folder / "samples.npz", log=log)
-    found = []
+    drawn, found = folder / "statistics.npz", []
+    call("fid.py", folder / "samples.npz", "--features=random", "--stats", drawn, log=log)
+    with np.load(folder / "samples.npz") as images:
+        sample.save_grid(folder / "samples.png", images["arr_0"][:64])
     for i, task in enumerate(tasks):
         reference = Path(args.out) / f"reference{i}.npz"
         if not reference.exists():
             call("fid.py", task, "--features=random", f"--num={args.references}", "--stats", reference, log=log)
-        out, _ = call("fid.py", reference, folder / "samples.npz", "--features=random", "--json", log=log)
-        found.append(json.loads(out.splitlines()[-1])["random_fd"])
+        found.append(last_json(call("fid.py", reference, drawn, "--json", log=log)[0])["random_fd"])
     return found
 
 
@@ -87,43 +93,41 @@ def learn(method, tasks, args, first):
             checkpoint, facts = train_for(60 * args.minutes * share, here / f"stage{i}", [*flags, start, *mask], log)
             seconds.append(facts["wall"])
         matrix.append(distances(checkpoint, tasks[: t + 1], here, args, log))
-    return dict(key=key_of(method, args), method=method, seed=args.seed, matrix=matrix, seconds=sum(seconds),
-                checkpoint=str(checkpoint), report=report_of(checkpoint, tasks, log))
-
-
-def key_of(method, args):
-    """What makes a result another one."""
-    return [method, args.seed, args.minutes, args.num, args.tasks]
+    return dict(method=method, seed=args.seed, minutes=args.minutes, num=args.num, matrix=matrix, steps=facts["steps"],
+                seconds=sum(seconds), report=report_of(checkpoint, tasks, log), **where_from())
 
 
 def report_of(checkpoint, tasks, log):
+    """What train.py --eval_only says of each task."""
     out, _ = call("train.py", "--eval_only", f"--ckpt={checkpoint}", f"--data={','.join(tasks)}", log=log)
-    return json.loads(out.splitlines()[-1])
+    return [last_json(out)[task] for task in tasks]
 
 
-def table(results, tasks):
-    names = [Path(t).name for t in tasks]
-    print("\n| method | " + " | ".join(f"{n} after {m}" for j, m in enumerate(names) for n in names[: j + 1])
-          + " | average at the end | forgetting | seconds |\n" + "|---" * (len(names) * (len(names) + 1) // 2 + 4) + "|")
+def table(results, names):
+    lines = ["| method | " + " | ".join(f"{n} after {m}" for j, m in enumerate(names) for n in names[: j + 1])
+             + " | average at the end | forgetting | seconds |",
+             "|---" * (len(names) * (len(names) + 1) // 2 + 4) + "|"]
     for r in results:
         last = r["matrix"][-1]
         lost = [last[i] - min(row[i] for row in r["matrix"] if len(row) > i) for i in range(len(last) - 1)]
-        print(f"| {r['method']} | " + " | ".join(f"{v:.4g}" for row in r["matrix"] for v in row)
-              + f" | {statistics.mean(last):.4g} | {statistics.mean(lost):.4g} | {r['seconds']:.0f} |")
+        lines.append(f"| {r['method']} | " + " | ".join(f"{v:.4g}" for row in r["matrix"] for v in row)
+                     + f" | {statistics.mean(last):.4g} | {statistics.mean(lost):.4g} | {r['seconds']:.0f} |")
+    return "\n".join(lines)
 
 
-def change_by_level(first, results, tasks):
+def change_by_level(results, first):
     """Loss on the first set after the last minus before, by noise level; and bits per dimension."""
-    before = first["report"][tasks[0]]
+    before = first["report"][0]
     middle = [(a + b) / 2 for a, b in zip(before["ln_sigma"], before["ln_sigma"][1:])]
-    print("\n| change on the first set | " + " | ".join(f"ln sigma {v:.1f}" for v in middle)
-          + " | bits per dimension | Frechet distance |\n" + "|---" * 13 + "|")
+    lines = ["| change on the first set | " + " | ".join(f"ln sigma {v:.1f}" for v in middle)
+             + " | bits per dimension | Frechet distance |", "|---" * 13 + "|"]
     for r in results:
-        after = r["report"][tasks[0]]
-        print(f"| {r['method']} | " + " | ".join(
+        after = r["report"][0]
+        lines.append(f"| {r['method']} | " + " | ".join(
             f"{b - a:+.4f}" for a, b in zip(before["loss_by_level"], after["loss_by_level"]))
             + f" | {after['bits_per_dim'] - before['bits_per_dim']:+.4f} "
             f"| {r['matrix'][-1][0] - r['matrix'][0][0]:+.4g} |")
+    return "\n".join(lines)
 
 
 def main():
@@ -142,7 +146,12 @@ def main():
     folder = Path(args.out) / f"first-{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     done = Path(args.out) / "continual.json"
-    results = json.loads(done.read_text()) if done.exists() else []
+    stored = json.loads(done.read_text()) if done.exists() else dict(tasks=[Path(t).name for t in tasks], results=[])
+    results = stored["results"]
+    if stored["tasks"] != [Path(t).name for t in tasks]:
+        sys.exit(f"{done} is about {', '.join(stored['tasks'])}: give another --out")
+    stored["command"] = " ".join(["python tests/continual.py", *stored["tasks"], f"--minutes {args.minutes:g}",
+                                  f"--seed {args.seed} --num {args.num}"])
     if not (folder / "first.json").exists():
         log = folder / "output.txt"
         pt, _ = train_for(30 * args.minutes, folder / "stage0", [
@@ -151,16 +160,19 @@ def main():
             *QUIET, f"--data={tasks[0]}", f"--seed={args.seed}", f"--init_from={pt}"], log)
         row = distances(checkpoint, tasks[:1], folder, args, log)
         (folder / "first.json").write_text(json.dumps(dict(
-            checkpoint=str(checkpoint), row=row, report=report_of(checkpoint, tasks, log))))
+            checkpoint=str(checkpoint), row=row, report=report_of(checkpoint, tasks, log), minutes=args.minutes)))
     first = json.loads((folder / "first.json").read_text())
+    stored["first"] = {k: v for k, v in first.items() if k != "checkpoint"}
+    mine = []
     for method in args.methods.split(","):
-        if not any(r["key"] == key_of(method, args) for r in results):
+        wanted = dict(method=method, seed=args.seed, minutes=args.minutes, num=args.num)
+        if not any(wanted.items() <= r.items() for r in results):
             results.append(learn(method, tasks, args, first))
-            done.write_text(json.dumps(results, indent=1))
+            done.write_text(json.dumps(stored, indent=1))
             print(method, results[-1]["matrix"], file=sys.stderr, flush=True)
-    mine = [r for r in results if r["key"] in [key_of(m, args) for m in args.methods.split(",")]]
-    table(mine, tasks)
-    change_by_level(first, mine, tasks)
+        mine += [r for r in results if wanted.items() <= r.items()]
+    print(table(mine, stored["tasks"]))
+    print("\n" + change_by_level(mine, first))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
-"""Compare ways of training at equal wall-clock time, with the commands a user would type.
+"""Test what the papers promise, on any images, with the commands a user would type.
 
-python tests/reproduce.py decoder --data noto-emoji-64.zip --size 32 --minutes 8 --seeds 2
-python tests/reproduce.py consistency --data noto-emoji-64.zip --size 32 --minutes 12 --seeds 2
+python tests/reproduce.py speedup --minutes 40 --seeds 2                      # on the built-in faces
+python tests/reproduce.py transfer --data noto-emoji-64.zip --other twemoji-64.zip --minutes 60
+python tests/reproduce.py decoder --data noto-emoji-64.zip --size 32 --each 8 --seeds 2
 
-CLAIM names a table of CLAIMS below. Each row is a way of training: stages (share of the minutes,
-flags of train.py), from scratch or from the checkpoint of another row, and ways of sampling. Every
-stage is first run for a few steps to see how many fit into its time. Judged are the validation loss
-on whole images and --num samples: random-feature Frechet distance to the training set and, in
-some claims, KID to its first --num images. What is finished lies in OUT/CLAIM.json and is not run again, so an
-interrupted comparison goes on.
+CLAIM names a table of CLAIMS below. Each row is a way of training: stages (share of its time, flags
+of train.py), from scratch or from the checkpoint of another row, and ways of sampling. Every stage
+is first run for a few steps to see how many fit into its time. --minutes is the whole call, of
+which about two thirds are training; --each gives the training time of a row instead. Judged are the
+validation loss on whole images and --num samples: random-feature Frechet distance to the training
+set and, in some claims, KID to its first --num images. What is finished lies in OUT/CLAIM.json and
+is not run again, so an interrupted call goes on.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -27,47 +30,78 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 import sample
 
 DECODER = ["--decoder_depth=2", "--decoder_dim=64", "--decoder_heads=2"]
-QUIET = ["--eval_every=0", "--sample_every=0", "--save_every=0"]
+QUIET = ["--sample_every=0", "--save_every=0"]
 
 
-def row(*stages, start=None, draw=(["--steps=10"],)):
-    return dict(stages=stages, start=start, draw=draw)
+def row(*stages, start=None, time=1, on="data", draw=(["--steps=10"],), curve=False):
+    """A way of training: stages (share of its time, flags) on a data set, for `time` units."""
+    return dict(stages=stages, start=start, time=time, on=on, draw=draw, curve=curve)
 
 
-def masked(ratio, *flags):
-    return [f"--mask_ratio={ratio}", "--mask_type=patch", *flags]
+def masked(ratio, *flags, kind="patch"):
+    return [f"--mask_ratio={ratio}", f"--mask_type={kind}", *flags]
+
+
+def two_stages(share, *flags, both=(), **settings):
+    """Masked with these flags for a share of the time, then whole images."""
+    return row((share, [*flags, *both]), (1 - share, both), **settings)
 
 
 WHOLE = (0.5, [])  # the second half of the time, on whole images
+BLOCK = masked(0.9, kind="block")
+DEMO = ["--preset=demo"]
 CLAIMS = {
+    # How much sooner is from-scratch quality there? The second row ends after a third of the time.
+    "speedup": dict(network=DEMO, rows={
+        "from scratch": row((1, []), curve=True),
+        "two stages": two_stages(0.6, *BLOCK, time=1 / 3, curve=True)}),
+    # What the two stages should be like, each for the same time.
+    "recipe": dict(network=DEMO, rows={
+        "from scratch": row((1, [])),
+        "from scratch, wide noise": row((1, ["--p_mean=-0.6", "--p_std=1.8"])),
+        **{f"0.9 for {name} of the time": two_stages(share, *BLOCK)
+           for name, share in {"1/3": 1 / 3, "2/3": 2 / 3, "5/6": 5 / 6}.items()},
+        "0.75 for 2/3": two_stages(2 / 3, *masked(0.75, kind="block")),
+        "0.9 for 2/3, patches": two_stages(2 / 3, *masked(0.9)),
+        "0.9 for 2/3, batch 96": two_stages(2 / 3, *BLOCK, "--batch_size=96"),
+        "0.9 for 2/3, wide noise": two_stages(2 / 3, *BLOCK, both=["--p_mean=-0.6", "--p_std=1.8"]),
+        "0.9 to 0 in six stairs": row((1, [*BLOCK, "--mask_ratio_end=0", "--batch_size=32", "--lr=3e-3",
+                                           "--lr_schedule=cosine"]))}),
+    # Masked pre-training on one set, then fine-tuning on few images of another.
+    "transfer": dict(network=DEMO, rows={
+        "pre-training": row((1, BLOCK), draw=()),
+        **{f"{name} of the images{', pre-trained' * bool(start)}": row((1, []), start=start, on=on)
+           for name, on in {"10 %": "few", "100 %": "other"}.items() for start in (None, "pre-training")}}),
+    "masks": dict(network=DEMO, rows={
+        f"{name} {ratio}": row((0.5, masked(ratio, *flags, kind=kind)), WHOLE)
+        for name, kind, flags in (("patch", "patch", []), ("block 2", "block", []),
+                                  ("block 4", "block", ["--block_size=4"]), ("crop", "crop", []))
+        for ratio in (0.1, 0.5, 0.9)}),
     # 256 patches at 32 px; six blocks on the tokens that pass through in all rows, MaskDiT's decoder on top.
-    "decoder": dict(
-        network=["--patch_size=2", "--dim=128", "--heads=4"],
-        rows={
-            "from scratch": row((1, ["--depth=6"])),
-            "MaskDM 0.5": row((0.5, ["--depth=6", *masked(0.5)]), WHOLE),
-            "MaskDM 0.75": row((0.5, ["--depth=6", *masked(0.75)]), WHOLE),
-            "MaskDiT 0.5": row((0.5, ["--depth=6", *masked(0.5, *DECODER)]), WHOLE),
-            "MaskDiT 0.5, no reconstruction": row((0.5, ["--depth=6", *masked(0.5, *DECODER, "--mae_weight=0")]), WHOLE),
-            "sparse-dense 0.75": row((0.5, ["--depth=5", "--dense_depth=1", "--decoder_depth=1", *masked(0.75)]), WHOLE),
-        }),
+    "decoder": dict(network=["--patch_size=2", "--dim=128", "--heads=4"], rows={
+        "from scratch": row((1, ["--depth=6"])),
+        "MaskDM 0.5": row((0.5, ["--depth=6", *masked(0.5)]), WHOLE),
+        "MaskDM 0.75": row((0.5, ["--depth=6", *masked(0.75)]), WHOLE),
+        "MaskDiT 0.5": row((0.5, ["--depth=6", *masked(0.5, *DECODER)]), WHOLE),
+        "MaskDiT 0.5, no reconstruction": row((0.5, ["--depth=6", *masked(0.5, *DECODER, "--mae_weight=0")]), WHOLE),
+        "sparse-dense 0.75": row((0.5, ["--depth=5", "--dense_depth=1", "--decoder_depth=1", *masked(0.75)]), WHOLE)}),
     # One diffusion model, tuned in several ways, each for the time that it took itself.
-    "consistency": dict(
-        network=["--preset=demo"],
-        kid=True,
-        rows={
-            "diffusion": row((0.5, masked(0.75)), WHOLE, draw=[["--steps=18"]] + [
-                ["--sampler=euler", f"--steps={n}"] for n in (1, 2, 4, 8)]),
-            **{name: row((1, ["--loss=consistency", *flags]), start="diffusion", draw=(["--steps=1"], ["--steps=2"]))
-               for name, flags in {
-                   "ECT": [], "SCT": ["--ref_batch=256"],
-                   "SCT, masked 0.5 at first": ["--ref_batch=256", *masked(0.5, "--mask_ratio_end=0")]}.items()},
-        }),
+    "consistency": dict(network=DEMO, kid=True, rows={
+        "diffusion": row((0.5, masked(0.75)), WHOLE, draw=[["--steps=18"]] + [
+            ["--sampler=euler", f"--steps={n}"] for n in (1, 2, 4, 8)]),
+        **{name: row((1, ["--loss=consistency", *flags]), start="diffusion", draw=(["--steps=1"], ["--steps=2"]))
+           for name, flags in {
+               "ECT": [], "SCT": ["--ref_batch=256"],
+               "SCT, masked 0.5 at first": ["--ref_batch=256", *masked(0.5, "--mask_ratio_end=0")]}.items()}}),
 }
+
+# ---------------------------------------------------------------------------------------------
+# Commands.
 
 
 def call(script, *args, log):
@@ -82,24 +116,8 @@ def call(script, *args, log):
     return out, usage.ru_maxrss / 1e6
 
 
-def records(folder):
-    return [r for r in map(json.loads, open(folder / "log.jsonl")) if "images_per_s" in r or "val_loss" in r]
-
-
-def train_for(seconds, out_dir, flags, log):
-    """Train for a given time; returns (checkpoint, facts)."""
-    flags = [*flags, f"--out_dir={out_dir}"]
-    trial = out_dir / "trial"
-    call("train.py", *flags, f"--out_dir={trial}", "--steps=40", "--log_every=10", "--warmup=10", log=log)
-    timed = {r["step"]: r["seconds"] for r in records(trial) if "seconds" in r}
-    steps = max(10, round(30 * seconds / (timed[40] - timed[10])))
-    begun = time.time()
-    _, memory = call("train.py", *flags, f"--steps={steps}", "--log_every=10", log=log)
-    rate = [r for r in records(out_dir) if "images_per_s" in r][-1]
-    checkpoint = max(out_dir.glob("??.pt"), key=os.path.getmtime)
-    return checkpoint, dict(
-        steps=rate["step"], images_per_s=rate["images_per_s"], seconds=rate["seconds"], wall=time.time() - begun,
-        peak_gb=memory, val_loss=[r["val_loss"] for r in records(out_dir) if "val_loss" in r][-1])
+def last_json(out):
+    return json.loads(out.splitlines()[-1])
 
 
 def where_from():
@@ -113,45 +131,137 @@ def where_from():
                 date=time.strftime("%Y-%m-%d"))
 
 
+def records(folder):
+    return [r for r in map(json.loads, open(folder / "log.jsonl")) if "images_per_s" in r or "val_loss" in r]
+
+
+def train_for(seconds, out_dir, flags, log, curve=False):
+    """Train for a given time; returns (checkpoint, facts).
+
+    With curve=True the facts have points [seconds of training, validation loss], and the checkpoint
+    kept in the middle.
+    """
+    flags = [*flags, f"--out_dir={out_dir}", "--log_every=10"]
+    trial = out_dir / "trial"
+    call("train.py", *flags, "--eval_every=0", f"--out_dir={trial}", "--steps=40", "--warmup=10", log=log)
+    timed = {r["step"]: r["seconds"] for r in records(trial) if "seconds" in r}
+    steps = max(10, round(30 * seconds / (timed[40] - timed[10])))
+    every = max(10, steps // 60 * 10) if curve else 0  # six times
+    begun = time.time()
+    _, memory = call("train.py", *flags, f"--steps={steps}", f"--eval_every={every}", f"--keep_every={3 * every}",
+                     log=log)
+    found = records(out_dir)
+    losses = {r["step"]: r["val_loss"] for r in found if "val_loss" in r}
+    rates = [r for r in found if "images_per_s" in r]
+    checkpoint = max(out_dir.glob("??.pt"), key=os.path.getmtime)
+    facts = dict(steps=steps, images_per_s=rates[-1]["images_per_s"], seconds=rates[-1]["seconds"],
+                 wall=time.time() - begun, peak_gb=memory, val_loss=losses[max(losses)])
+    if curve:
+        facts["curve"] = [[r["seconds"], losses[r["step"]]] for r in rates if r["step"] in losses]
+        facts["kept"] = [[r["seconds"], str(p)] for r in rates if r["step"] <= 4 * every
+                         for p in out_dir.glob(f"??-{r['step']:07d}.pt")]
+    return checkpoint, facts
+
+
+def distances(checkpoint, name, flags, on, args, log):
+    """Random-feature Frechet distance of --num samples to a set, and KID where the claim asks for it."""
+    call("sample.py", "--ckpt", checkpoint, f"--num={args.num}", *flags, "--out", f"{name}.npz", log=log)
+    with np.load(f"{name}.npz") as images:
+        sample.save_grid(f"{name}.png", images["arr_0"][:64])
+    judge = ("--features=random", "--json")
+    found = dict(fd=last_json(call("fid.py", reference(on, args), f"{name}.npz", *judge, log=log)[0])["random_fd"])
+    if CLAIMS[args.claim].get("kid"):
+        found["kid"] = last_json(call("fid.py", f"{args.out}/{on}", f"{name}.npz", "--metrics=kid",
+                                      f"--num={args.num}", *judge, log=log)[0])["kid"]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# Data sets and rows.
+
+
+def data_set(on, args):
+    """The prepared folder OUT/data, OUT/other, or OUT/few: a tenth of the images of OUT/other."""
+    folder, log = Path(args.out, on), args.out + "/output.txt"
+    if folder.exists():
+        return folder
+    if on == "few":
+        other = data_set("other", args)
+        shutil.copytree(other, folder)
+        few = np.random.default_rng(0).permutation(len(np.load(other / "train.npy", mmap_mode="r")))
+        few = np.sort(few[: len(few) // 10])
+        for name in ("train.npy", "train_labels.npy"):
+            if (other / name).exists():
+                np.save(folder / name, np.load(other / name)[few])
+        meta = json.loads((other / "meta.json").read_text())
+        (folder / "meta.json").write_text(json.dumps(meta | dict(num_train=len(few), hash=meta["hash"] + "-few")))
+        return folder
+    source = args.data if on == "data" else args.other
+    if source is None:
+        sys.exit(f"{args.claim} needs a second data set: give --other")
+    if Path(source, "meta.json").exists():
+        folder.symlink_to(Path(source).resolve())
+    else:
+        size = ["--size", args.size] if args.size else []
+        source = [] if source == "data/faces" else [source]  # the built-in ones
+        call("prepare_data.py", *source, "--out", folder, *size, log=log)
+    return folder
+
+
+def reference(on, args):
+    """Statistics of the training images that samples are compared with."""
+    on = "other" if on == "few" else on
+    path = Path(args.out, f"reference-{on}.npz")
+    if not path.exists():
+        call("fid.py", data_set(on, args), "--features=random", "--stats", path, log=args.out + "/output.txt")
+    return path
+
+
 def folder_of(args, name, seed):
-    return Path(args.out) / args.claim / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+    return Path(args.out) / args.claim / f"{name.replace(' ', '-').replace(',', '').replace('/', '-')}-{seed}"
 
 
 def run_row(name, seed, args):
     claim, out_dir = CLAIMS[args.claim], folder_of(args, name, seed)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    way, log, stages = claim["rows"][name], out_dir / "output.txt", []
+    shutil.rmtree(out_dir, ignore_errors=True)
+    out_dir.mkdir(parents=True)
+    way, log, stages, before = claim["rows"][name], out_dir / "output.txt", [], 0
     checkpoint = folder_of(args, way["start"], seed) / "final.pt" if way["start"] else None
+    network = claim["network"] + ([f"--patch_size={args.patch_size}"] if args.patch_size else [])
     for i, (share, flags) in enumerate(way["stages"]):  # the network comes with a checkpoint
-        start = [f"--init_from={checkpoint}"] if checkpoint else claim["network"]
-        checkpoint, facts = train_for(60 * args.minutes * share, out_dir / f"stage{i + 1}", [
-            f"--data={args.out}/data", f"--seed={seed}", *QUIET, *start, *flags], log)
+        start = [f"--init_from={checkpoint}"] if checkpoint else network
+        checkpoint, facts = train_for(args.unit * way["time"] * share, out_dir / f"stage{i + 1}", [
+            f"--data={data_set(way['on'], args)}", f"--seed={seed}", *QUIET, *start, *flags], log, way["curve"])
+        for at, kept in facts.pop("kept", ()):
+            facts.setdefault("fd_curve", []).append([before + at, distances(
+                kept, out_dir / f"samples{before + at:.0f}", [f"--seed={seed}", "--steps=10"], way["on"], args,
+                log)["fd"]])
+        facts["curve"] = [[before + at, loss] for at, loss in facts.get("curve", ())]
         stages.append(facts)
+        before += facts["seconds"]
     shutil.copy(checkpoint, out_dir / "final.pt")
-    drawn = []
-    for flags in way["draw"]:
-        name_of = out_dir / f"samples{''.join(flags)}"
-        call("sample.py", "--ckpt", checkpoint, f"--num={args.num}", f"--seed={seed}", *flags, "--out",
-             f"{name_of}.npz", log=log)
-        with np.load(f"{name_of}.npz") as images:
-            sample.save_grid(f"{name_of}.png", images["arr_0"][:64])
-        fd, _ = call("fid.py", f"{args.out}/reference.npz", f"{name_of}.npz", "--features=random", "--json", log=log)
-        drawn.append(dict(flags=" ".join(flags), fd=json.loads(fd.splitlines()[-1])["random_fd"]))
-        if claim.get("kid"):
-            kid, _ = call("fid.py", f"{args.out}/data", f"{name_of}.npz", "--features=random", "--metrics=kid",
-                          f"--num={args.num}", "--json", log=log)
-            drawn[-1]["kid"] = json.loads(kid.splitlines()[-1])["kid"]
-    return dict(row=name, seed=seed, minutes=args.minutes, num=args.num, stages=stages, drawn=drawn,
-                val_loss=stages[-1]["val_loss"], **where_from())
+    drawn = [dict(flags=" ".join(flags), **distances(checkpoint, out_dir / f"samples{''.join(flags)}",
+                                                     [f"--seed={seed}", *flags], way["on"], args, log))
+             for flags in way["draw"]]
+    for big in out_dir.glob("stage*"):
+        shutil.rmtree(big)
+    return dict(row=name, seed=seed, minutes=args.unit * way["time"] / 60, num=args.num, patch_size=args.patch_size,
+                stages=stages, drawn=drawn, val_loss=stages[-1]["val_loss"], **where_from())
+
+
+# ---------------------------------------------------------------------------------------------
+# Reports.
+
+
+def both(values):
+    """The mean, and half the distance between the extremes."""
+    spread = f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4g}{spread}"
 
 
 def table(results):
-    def both(values):
-        spread = f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.4g}{spread}"
-
-    print("\n| way | samples | validation loss | random-feature FD | KID | images/s by stage | steps | peak memory, GB |"
-          "\n|---|---|---|---|---|---|---|---|")
+    lines = ["| way | samples | validation loss | random-feature FD | KID | images/s by stage | steps "
+             "| peak memory, GB |", "|---|---|---|---|---|---|---|---|"]
     for name in dict.fromkeys(r["row"] for r in results):
         rows = [r for r in results if r["row"] == name]
         stages = list(zip(*(r["stages"] for r in rows)))
@@ -160,42 +270,115 @@ def table(results):
             return ", ".join(form.format(statistics.mean(s[key] for s in stage)) for stage in stages)
 
         for drawn in zip(*(r["drawn"] for r in rows)):
-            print(f"| {name} | {drawn[0]['flags'].replace('--', '')} | {both([r['val_loss'] for r in rows])} "
-                  f"| {both([d['fd'] for d in drawn])} | {both([d['kid'] for d in drawn]) if 'kid' in drawn[0] else ''} "
-                  f"| {each('images_per_s', '{:.0f}')} | {each('steps', '{:.0f}')} | {each('peak_gb', '{:.2f}')} |")
+            kid = both([d["kid"] for d in drawn]) if "kid" in drawn[0] else ""
+            lines.append(
+                f"| {name} | {drawn[0]['flags'].replace('--', '')} | {both([r['val_loss'] for r in rows])} "
+                f"| {both([d['fd'] for d in drawn])} | {kid} | {each('images_per_s', '{:.0f}')} "
+                f"| {each('steps', '{:.0f}')} | {each('peak_gb', '{:.2f}')} |")
+    return "\n".join(lines)
+
+
+def points(result, key):
+    """[seconds of training, value] of a row: validation loss ("curve") or distance ("fd_curve")."""
+    last = result["val_loss"] if key == "curve" else result["drawn"][0]["fd"]
+    own = [p for stage in result["stages"] for p in stage.get(key, ())]
+    return own + [[sum(s["seconds"] for s in result["stages"]), last]]
+
+
+def reached(curve, value):
+    """When a curve of points is first at a value or below, between two points on their line; or None."""
+    for (t0, v0), (t1, v1) in zip(curve[:1] + curve, curve):
+        if v1 <= value:
+            return t1 if v0 <= value else t0 + (t1 - t0) * (v0 - value) / (v0 - v1)
+    return None
+
+
+def time_ratios(results, slow="from scratch", fast="two stages"):
+    """One line for each seed and measure: how many times sooner `fast` is where `slow` ends."""
+    lines = ["| seed | measure | from scratch ends at | after | two stages are there after | times faster |",
+             "|---|---|---|---|---|---|"]
+    for seed in sorted({r["seed"] for r in results}):
+        found = {r["row"]: r for r in results if r["seed"] == seed}
+        for key, name in (("curve", "validation loss"), ("fd_curve", "random-feature FD")):
+            end, value = points(found[slow], key)[-1]
+            way = points(found[fast], key)
+            at = reached(way, value)
+            there = f"{at:.0f} s | {end / at:.1f}" if at else f"not in {way[-1][0]:.0f} s | -"
+            lines.append(f"| {seed} | {name} | {value:.4g} | {end:.0f} s | {there} |")
+    return "\n".join(lines)
+
+
+def plot(path, results, key, title, size=(640, 400)):
+    """Draw a measure against seconds of training, both logarithmic, a line for each row and seed."""
+    image = Image.new("RGB", size, "white")
+    draw, names = ImageDraw.Draw(image), list(dict.fromkeys(r["row"] for r in results))
+    curves = [(r["row"], [p for p in points(r, key) if min(p) > 0]) for r in results]
+    x, y = zip(*(p for _, curve in curves for p in curve))
+    box = 60, 40, size[0] - 20, size[1] - 40
+    spans = [(math.log(min(v)) - 0.05, math.log(max(v)) + 0.05) for v in (x, y)]
+
+    def place(px, py):
+        fx, fy = ((math.log(v) - low) / (high - low) for v, (low, high) in zip((px, py), spans))
+        return box[0] + fx * (box[2] - box[0]), box[3] - fy * (box[3] - box[1])
+
+    draw.rectangle(box, outline="black")
+    draw.text((box[0], 10), f"{title} against seconds of training", "black")
+    for (low, high), is_x in zip(spans, (True, False)):
+        for i in range(5):
+            v = math.exp(low + (high - low) * i / 4)
+            at = place(v, min(y)) if is_x else place(min(x), v)
+            draw.text((at[0] - 10, box[3] + 6) if is_x else (8, at[1] - 6), f"{v:.3g}", "black")
+    for name, curve in curves:
+        colour = ("#d1495b", "#00798c", "#edae49", "#30638e")[names.index(name) % 4]
+        draw.line([place(*p) for p in curve], colour, 2)
+        for p in curve:
+            a, b = place(*p)
+            draw.ellipse((a - 3, b - 3, a + 3, b + 3), colour)
+        draw.text((box[2] - 140, box[1] + 8 + 14 * names.index(name)), name, colour)
+    sample.replace_file(path, lambda f: image.save(f, "PNG"))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claim", choices=CLAIMS)
     parser.add_argument("--data", default="data/faces", help="prepared set, or anything that prepare_data.py reads")
+    parser.add_argument("--other", help="the set that transfer goes to")
     parser.add_argument("--size", type=int, help="pixels a side, for images that are not prepared")
-    parser.add_argument("--minutes", type=float, default=8, help="of training, for each row and seed")
+    parser.add_argument("--patch_size", type=int, help="another one than the claim's")
+    parser.add_argument("--minutes", type=float, default=40, help="of the whole call")
+    parser.add_argument("--each", type=float, help="minutes of training of each row, instead")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--num", type=int, default=500, help="samples of each Frechet distance")
     parser.add_argument("--out", default="out/reproduce")
     args = parser.parse_args()
     args.out = os.path.abspath(args.out)
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    log, data, reference = args.out + "/output.txt", Path(args.out, "data"), Path(args.out, "reference.npz")
-    if not data.exists():
-        if Path(args.data, "meta.json").exists():
-            data.symlink_to(Path(args.data).resolve())
-        else:
-            size = ["--size", args.size] if args.size else []
-            call("prepare_data.py", args.data, "--out", data, *size, log=log)
-    if not reference.exists():
-        call("fid.py", data, "--features=random", "--stats", reference, log=log)
+    rows = CLAIMS[args.claim]["rows"]
+    args.unit = 60 * (args.each or 2 / 3 * args.minutes / args.seeds / sum(r["time"] for r in rows.values()))
+    data_set("data", args)
+    about = dict(data=Path(args.data).name, other=args.other and Path(args.other).name, size=args.size)
     done = Path(args.out, args.claim + ".json")
-    results = json.loads(done.read_text()) if done.exists() else []
+    stored = json.loads(done.read_text()) if done.exists() else dict(about, results=[])
+    if differ := [k for k in about if stored[k] != about[k]]:
+        sys.exit(f"{done} has results with another --{differ[0]} ({stored[differ[0]]}): give another --out")
+    stored["command"] = " ".join(["python tests/reproduce.py", *(
+        Path(a).name if os.path.sep in a else a for a in sys.argv[1:] if not a.startswith("--out"))])
+    results = stored["results"]
     for seed in range(args.seeds):
-        for name in CLAIMS[args.claim]["rows"]:
-            if not any(r["row"] == name and r["seed"] == seed for r in results):
+        for name in rows:
+            wanted = dict(row=name, seed=seed, num=args.num, patch_size=args.patch_size)
+            if not any(wanted.items() <= r.items() and math.isclose(
+                    60 * r["minutes"], args.unit * rows[name]["time"], rel_tol=0.01) for r in results):
                 results.append(run_row(name, seed, args))
-                done.write_text(json.dumps(results, indent=1))
+                done.write_text(json.dumps(stored, indent=1))
                 print(f"{name}, seed {seed}: validation loss {results[-1]['val_loss']:.4f}, random-feature FD "
                       + ", ".join(f"{d['fd']:.4g}" for d in results[-1]["drawn"]), file=sys.stderr, flush=True)
-    table(results)
+    print(table(results))
+    if any(way["curve"] for way in rows.values()):
+        print("\n" + time_ratios(results))
+        for key, title in (("curve", "validation loss"), ("fd_curve", "random-feature Frechet distance")):
+            plot(f"{args.out}/{args.claim}-{key}.png", results, key, title)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from conftest import TINY, make_dataset, mistake, run
 
 import model
+import prepare_data
 import train
 from model import Denoiser, ModelConfig, load_checkpoint, sample_visible
 
@@ -37,7 +38,7 @@ def same(a, b):
 
 
 def stream_of(tasks, **changes):
-    sets, labels, _ = train.open_union([f"{tasks}/set0", f"{tasks}/set1"])
+    sets, labels, _ = prepare_data.open_union([f"{tasks}/set0", f"{tasks}/set1"])
     cfg = train.Config(batch_size=10, steps=5, **changes)
     return lambda new=None, old=(): train.Stream(sets, labels, cfg, CONFIG, new=new, old=old)
 
@@ -97,18 +98,18 @@ def test_generated_images_count_as_the_classes_they_are_numbered_by(tmp_path):
         folder = make_dataset(tmp_path / name, classes=2)
         meta = json.loads((folder / "meta.json").read_text())
         (folder / "meta.json").write_text(json.dumps(meta | {"class_names": names}))
-    assert train.open_union([f"{tmp_path}/real", f"{tmp_path}/drawn"])[2]["class_names"] == ["cat", "dog"]
-    assert train.open_union([f"{tmp_path}/real", f"{tmp_path}/other"])[1] is None
+    assert prepare_data.open_union([f"{tmp_path}/real", f"{tmp_path}/drawn"])[2]["class_names"] == ["cat", "dog"]
+    assert prepare_data.open_union([f"{tmp_path}/real", f"{tmp_path}/other"])[1] is None
 
 
 def test_a_buffer_is_reproducible_and_balanced():
     labels = np.array([0] * 50 + [1] * 30 + [2] * 3)
-    chosen = train.choose_buffer(83, labels, 20, 0)
-    assert np.array_equal(chosen, train.choose_buffer(83, labels, 20, 0)) and len(set(chosen)) == 20
-    assert not np.array_equal(chosen, train.choose_buffer(83, labels, 20, 1))
+    chosen = prepare_data.choose_buffer(83, labels, 20, 0)
+    assert np.array_equal(chosen, prepare_data.choose_buffer(83, labels, 20, 0)) and len(set(chosen)) == 20
+    assert not np.array_equal(chosen, prepare_data.choose_buffer(83, labels, 20, 1))
     counts = np.bincount(labels[chosen])
     assert counts[2] == 3 and abs(counts[0] - counts[1]) <= 1
-    assert len(train.choose_buffer(83, None, 20, 0)) == 20 and len(train.choose_buffer(5, None, 20, 0)) == 5
+    assert len(prepare_data.choose_buffer(83, None, 20, 0)) == 20 and len(prepare_data.choose_buffer(5, None, 20, 0)) == 5
 
 
 # -- penalties ------------------------------------------------------------------------------------

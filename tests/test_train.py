@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, TINY, make_dataset, mistake, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import prepare_data
 import sample
 import train
 from model import Denoiser, ModelConfig, load_checkpoint, patchify, reconstruction_loss
@@ -41,7 +42,7 @@ def same_weights(a, b, keys=("model", "ema")):
 def test_gathered_patches_are_those_of_the_mirrored_image(flipped):
     images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     index, visible = np.array([3, 0, 3]), np.array([[0, 5, 15], [1, 2, 3], [4, 8, 12]])
-    got = train.gather_patches(images, index, visible, 4, np.full(3, flipped))
+    got = prepare_data.gather_patches(images, index, visible, 4, np.full(3, flipped))
     for b in range(3):
         image = images[index[b]][:, ::-1] if flipped else images[index[b]]
         for k in range(3):
@@ -103,8 +104,8 @@ def test_stage_1_makes_no_full_size_image(dataset, monkeypatch):
                 sizes.append(out.numel())
             return out
 
-    original = train.gather_patches
-    monkeypatch.setattr(train, "gather_patches", lambda *a: gathered.append(original(*a)) or gathered[-1])
+    original = train.gather
+    monkeypatch.setattr(train, "gather", lambda *a: gathered.append(original(*a)) or gathered[-1])
     with Watch():
         train.Stream(images, None, cfg, config).load(0)
     visible_values = 12 * 4 * 48  # images x visible patches x values of a patch, a quarter of all

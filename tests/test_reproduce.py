@@ -1,0 +1,92 @@
+"""The comparison scripts count what they say, and their commands are those of today's flags."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import ROOT, make_dataset, run
+from PIL import Image
+
+import continual
+import reproduce
+from prepare_data import open_dataset
+
+
+def result(name, seed, curve, fd):
+    """A row whose validation loss and distance fell along these points."""
+    return dict(row=name, seed=seed, val_loss=curve[-1][1], drawn=[dict(flags="--steps=10", fd=fd[-1][1])],
+                stages=[dict(seconds=curve[-1][0], curve=curve[:-1], fd_curve=fd[:-1], images_per_s=1, steps=1,
+                             peak_gb=1)])
+
+
+def test_a_value_is_reached_on_the_line_between_two_points():
+    curve = [[10, 0.5], [20, 0.3], [30, 0.35], [40, 0.1]]
+    for value in (0.49, 0.4, 0.31, 0.2, 0.1):
+        # By brute force: the first of many moments at which the broken line is at the value or below.
+        t = np.linspace(10, 40, 300_001)
+        line = np.interp(t, *zip(*curve))
+        assert reproduce.reached(curve, value) == pytest.approx(t[np.argmax(line <= value + 1e-12)], abs=2e-4)
+    assert reproduce.reached(curve, 0.05) is None and reproduce.reached(curve, 0.7) == 10
+
+
+def test_the_ratio_is_of_times_at_equal_quality(tmp_path):
+    slow = result("from scratch", 0, [[60, 0.4], [120, 0.2]], [[60, 9.0], [120, 4.0]])
+    fast = result("two stages", 0, [[20, 0.3], [40, 0.1]], [[20, 8.0], [40, 5.0]])
+    loss, fd = reproduce.time_ratios([slow, fast]).splitlines()[2:]
+    assert loss.endswith("| 0.2 | 120 s | 30 s | 4.0 |")  # 120 against 30
+    assert fd.endswith("| 4 | 120 s | not in 40 s | - |")
+    reproduce.plot(tmp_path / "curve.png", [slow, fast], "curve", "validation loss")
+    with Image.open(tmp_path / "curve.png") as picture:
+        colours = {c for _, c in picture.convert("RGB").getcolors(1 << 16)}
+    assert {(0xd1, 0x49, 0x5b), (0x00, 0x79, 0x8c)} <= colours  # a line for each row
+
+
+def test_tables_have_the_mean_and_half_the_range():
+    rows = [result("from scratch", s, [[60, 0.4], [120, v]], [[60, 9.0], [120, f]])
+            for s, v, f in ((0, 0.2, 4.0), (1, 0.3, 6.0))]
+    assert "| from scratch | steps=10 | 0.25 ± 0.05 | 5 ± 1 |" in reproduce.table(rows)
+    assert reproduce.both([3.0]) == "3"
+
+
+def test_forgetting_is_the_last_distance_less_the_best():
+    report = [dict(ln_sigma=list(range(11)), loss_by_level=[1.0] * 10, bits_per_dim=3.0)]
+    later = [dict(report[0], loss_by_level=[1.5] * 10, bits_per_dim=2.9)]
+    r = dict(method="fine-tuning", matrix=[[4.0], [9.0, 5.0], [8.0, 6.0, 2.0]], seconds=60, report=later)
+    cells = continual.table([r], ["a", "b", "c"]).splitlines()[2].split(" | ")
+    assert cells[-3] == f"{16 / 3:.4g}" and cells[-2] == f"{((8 - 4) + (6 - 5)) / 2:.4g}"
+    line = continual.change_by_level([r], dict(report=report)).splitlines()[2]
+    assert line.count("+0.5000") == 10 and line.endswith("| -0.1000 | +4 |")
+
+
+def test_a_tenth_of_a_set_is_a_set_with_the_same_validation_images(tmp_path):
+    other = make_dataset(tmp_path / "source", n=40, classes=4)
+    (tmp_path / "other").symlink_to(other)
+    args = type("Args", (), dict(out=str(tmp_path), other=str(other), size=None, claim="transfer"))
+    few = reproduce.data_set("few", args)
+    images, labels, meta = open_dataset(few)
+    whole, of_whole, _ = open_dataset(other)
+    assert len(images) == 4 and meta["num_train"] == 4
+    place = [next(i for i, x in enumerate(whole) if np.array_equal(x, y)) for y in images]
+    assert np.array_equal(labels, of_whole[place])
+    assert np.array_equal(open_dataset(few, "val")[0], open_dataset(other, "val")[0])
+    assert len(np.load(other / "train.npy")) == 40
+
+
+def test_a_claim_runs_from_data_to_table_and_is_not_run_again(tmp_path):
+    data = make_dataset(tmp_path / "set", n=30)
+    command = [ROOT / "tests/reproduce.py", "speedup", "--data", data, "--seeds", "1", "--num", "8", "--each", "0.03",
+               "--patch_size", "2", "--out", tmp_path / "out"]
+    first = run(*command)
+    assert first.returncode == 0, first.stderr
+    stored = json.loads((tmp_path / "out/speedup.json").read_text())
+    assert [r["row"] for r in stored["results"]] == ["from scratch", "two stages"]
+    scratch, two = stored["results"]
+    assert len(two["stages"]) == 2 and two["minutes"] == pytest.approx(0.01) and str(tmp_path) not in json.dumps(stored)
+    times = [t for t, _ in reproduce.points(two, "curve")]
+    assert times == sorted(times) and len(times) > 2 and all(math.isfinite(v) for _, v in two["stages"][0]["curve"])
+    assert (tmp_path / "out/speedup-fd_curve.png").exists() and "times faster" in first.stdout
+    again = run(*command)
+    assert again.stdout == first.stdout and "from scratch, seed" not in again.stderr
+    other = run(*command, "--size", "8")
+    assert other.returncode == 1 and "give another --out" in other.stderr and "Traceback" not in other.stderr
