@@ -86,7 +86,7 @@ class Config:
     cm_q: float = setting(2.0, "the gap 1 - r/t of a pair of noise levels shrinks so much a stage")
     cm_k: float = setting(8.0, "how much wider the gap is at low noise; 0: alike", low=0)
     cm_b: float = setting(1.0, "how fast that falls with the noise level", low=0)
-    cm_stage_length: int | None = setting(None, "steps of a stage; default: 1/8 of all", low=1)
+    cm_stage_length: int | None = setting(None, "steps of a stage; default: gap to 1/256", low=1)
     cm_smooth: bool = setting(False, "close the pairs in every step rather than by stages")
     cm_c: float = setting(0.0, "constant of the pseudo-Huber distance", low=0)
     cm_weight: str = setting("gap", "1/(t - r), or 1/t^2 + 1/sigma_data^2", choices=("gap", "edm"))
@@ -141,10 +141,10 @@ class Config:
 # networks have dropout 0.2 besides, this one has none).
 CONSISTENCY = {
     "cifar10": dict(p_mean=-1.1, p_std=2.0, cm_q=2.0, cm_c=0.0, cm_weight="gap", optimizer="radam",
-                    beta1=0.9, beta2=0.999, weight_decay=0.0, ema=0.9999),
+                    beta1=0.9, beta2=0.999, weight_decay=0.0, ema=0.9999, warmup=0),
     "imagenet64": dict(p_mean=-0.8, p_std=1.6, cm_q=4.0, cm_c=0.06, cm_weight="edm",
-                       optimizer="adamw", beta1=0.9, beta2=0.99, weight_decay=0.0, lr=1e-3,
-                       lr_schedule="rsqrt"),
+                       optimizer="adamw", beta1=0.9, beta2=0.99, weight_decay=0.0, warmup=0,
+                       lr=1e-3, lr_schedule="rsqrt"),  # the lr is for EDM2's normalised weights
 }
 # Stage 1, stage 2, consistency tuning, by machine. On a CPU both stages on the built-in faces take
 # about ten minutes on two cores; on a GPU these are MaskDM's network, batch and optimizer at 64 px.
@@ -195,7 +195,8 @@ def resolve(given, previous, device):
     cfg = Config(**(previous | given))
     if cfg.loss == "consistency":
         chosen = CONSISTENCY[cfg.cm_preset]
-        cfg = Config(**(chosen | previous | (chosen if "cm_preset" in given else {}) | given))
+        changed = given.get("cm_preset", previous.get("cm_preset")) != previous.get("cm_preset")
+        cfg = Config(**(chosen | previous | (chosen if changed else {}) | given))
     stage = {"pt": 1, "ft": 2, "cm": 3}[run_name(asdict(cfg))]
     for name, value in DEFAULTS["cpu" if device.type == "cpu" else "gpu", stage].items():
         if getattr(cfg, name) is None:
@@ -203,7 +204,8 @@ def resolve(given, previous, device):
     if cfg.compile is None:
         cfg.compile = device.type == "cuda"
     if cfg.loss == "consistency" and cfg.cm_stage_length is None:
-        cfg.cm_stage_length = max(1, math.ceil(cfg.steps / 8))
+        stages = max(1, round(8 / math.log2(max(cfg.cm_q, 1.1))))  # the gap ends at 1/256, as ECT's
+        cfg.cm_stage_length = max(1, math.ceil(cfg.steps / stages))
     reporting = {"eval_only", "ckpt", "data", "out_dir", "seed", "device", "dtype"}
     if cfg.eval_only and set(given) - reporting:
         sys.exit(f"--{min(set(given) - reporting)} does nothing with --eval_only: leave it out "
@@ -430,10 +432,10 @@ def with_teacher(teacher, clean, noise, sigma, visible, labels, start, distilled
                 target=target, **others)
 
 
-def validation_set(images, labels, config, seed, limit=512):
+def validation_set(images, labels, config, seed, levels=(-1.2, 1.2), limit=512):
     """Whole images, noise levels and noise that depend on the data set and the seed alone.
 
-    The levels are the quantiles of EDM's ln sigma ~ N(-1.2, 1.2^2), whatever the run trains with.
+    The levels are the quantiles of ln sigma ~ N(mean, std^2): EDM's, whatever the run trains with.
     images: arrays, of which each gives its first limit / len(images).
     """
     images = images if isinstance(images, list) else [images]
@@ -444,7 +446,7 @@ def validation_set(images, labels, config, seed, limit=512):
     n, clean = len(index), patchify(torch.from_numpy(pixels), config.patch_size)
     g = torch.Generator().manual_seed(seed_of(seed, 3))
     quantile = (torch.randperm(n, generator=g) + 0.5) / n
-    sigma = torch.exp(-1.2 + 1.2 * math.sqrt(2) * torch.erfinv(2 * quantile - 1))
+    sigma = torch.exp(levels[0] + levels[1] * math.sqrt(2) * torch.erfinv(2 * quantile - 1))
     noise = patchify(torch.randn(pixels.shape, generator=g), config.patch_size)
     labels = torch.from_numpy(labels[index].astype(np.int64)) if config.num_classes else None
     return dict(clean=clean, noise=noise, sigma=sigma, labels=labels)
@@ -580,7 +582,8 @@ def held_back(cfg, start, resumed, meta, denoiser, device, autocast, rank, world
 def load_teacher(cfg, config, device):
     """The frozen model of --distill_from; it must fit this run's."""
     teacher, _ = sample.load_denoiser(cfg.distill_from, device=device)
-    same = ("image_size", "channels", "patch_size", "num_classes", "decoder_depth", "cm_segments")
+    same = ("image_size", "channels", "patch_size", "num_classes", "decoder_depth", "dense_depth",
+            "cm_segments")
     if differ := [k for k in same if getattr(teacher.config, k) != getattr(config, k)]:
         sys.exit(f"--distill_from {cfg.distill_from} differs in {', '.join(differ)} from this run: "
                  "give the checkpoint of --init_from")
@@ -742,7 +745,8 @@ def main(argv=None):
     check(cfg)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
+        precise = cfg.loss == "consistency"  # see pick_dtype
+        torch.set_float32_matmul_precision("highest" if precise else "high")
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=20))
@@ -841,8 +845,11 @@ def main(argv=None):
         os.makedirs(cfg.out_dir, exist_ok=True)
         for file in (path, previous_name(path)):  # neither may pass for a checkpoint of this run
             if os.path.exists(file):
-                old = os.path.splitext(file)[0] + ".old.pt"
-                if os.path.realpath(cfg.distill_from or "") == os.path.realpath(file):
+                old, used = os.path.splitext(file)[0] + ".old.pt", cfg.distill_from or ""
+                if os.path.exists(old) and os.path.realpath(used) == os.path.realpath(old):
+                    sys.exit(f"--distill_from {used} would be replaced by {file}: rename it, or "
+                             "give another --out_dir")
+                if os.path.realpath(used) == os.path.realpath(file):
                     cfg.distill_from = old  # where a resumed run finds it
                 os.replace(file, old)
                 say(f"{file} of an earlier run is now {old}")
@@ -860,7 +867,8 @@ def main(argv=None):
         gpu = [device] if device.type == "cuda" else None
         model = DistributedDataParallel(denoiser, device_ids=gpu, gradient_as_bucket_view=True,
                                         broadcast_buffers=False)
-    validation = validation_set(val_images, val_labels, config, cfg.seed)
+    levels = (cfg.p_mean, cfg.p_std) if cfg.loss == "consistency" else (-1.2, 1.2)
+    validation = validation_set(val_images, val_labels, config, cfg.seed, levels)
 
     say("\n".join(f"{key:>14} = {v}" for key, v in asdict(cfg).items() if v is not None))
     size = sum(p.numel() for p in denoiser.parameters()) / 1e6
@@ -869,6 +877,9 @@ def main(argv=None):
         f"{1 - counts[0] / config.grid**2:.4g}); writing {path}")
     if len(set(counts)) > 1:
         say(f"visible patches in each sixth of the run: {', '.join(map(str, counts))}")
+    if cfg.loss == "consistency":
+        stages = math.ceil(cfg.steps / cfg.cm_stage_length)
+        say(f"{stages} stages, to a gap 1 - r/t of {cfg.cm_q**-stages:.3g} at high noise levels")
     for what, (pool, n, coef) in zip(("replayed", "distilled"), stream.parts[1:]):
         if n:
             say(f"{n} of {cfg.batch_size} images of a batch are {what}, with coefficient {coef}"
@@ -973,14 +984,14 @@ def main(argv=None):
         if world > 1:
             dist.all_reduce(loss)
             loss /= world
-        if strength:  # the same on all processes, after their gradients were averaged
-            loss = loss + add_penalty(list(denoiser.parameters()), list(anchor.values()), strength)
         total_norm = torch.nn.utils.get_total_norm(p.grad for p in denoiser.parameters())
         loss, norm = torch.stack([loss, total_norm]).tolist()  # the step's one wait for the GPU
         if math.isfinite(loss) and math.isfinite(norm):
             if 0 < cfg.grad_clip < norm:
                 torch.nn.utils.clip_grads_with_norm_(
                     denoiser.parameters(), cfg.grad_clip, total_norm)
+            if strength:  # what is clipped is the loss alone, or little would be learned
+                penalty = add_penalty(list(denoiser.parameters()), [*anchor.values()], strength)
             optimizer.step()
             update_ema(ema, denoiser, cfg.ema, step)
             bad = 0
@@ -1002,7 +1013,8 @@ def main(argv=None):
             rate = seen / (time.time() - started)
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
             log(loss=loss, grad_norm=norm, lr=learning_rate(cfg, step - 1), images_per_s=rate,
-                seconds=time.time() - started, seconds_waited_for_data=waited)
+                seconds=time.time() - started, seconds_waited_for_data=waited,
+                **({"penalty": penalty.item()} if strength else {}))
         aside = time.time()  # the clock of training stands until the next step
         if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps and not stop:
             evaluate()

@@ -21,6 +21,7 @@ beside the distances, and its change from the first model to the last is printed
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -34,7 +35,7 @@ from reproduce import QUIET, call, last_json, masked, train_for, where_from  # p
 
 import sample
 
-DEFAULT = ("fine-tuning,joint,l2-10,ewc-1e5,replay-1-64,replay-0.1-64,replay-1-512,replay-0.1-512,generative-1,"
+DEFAULT = ("fine-tuning,joint,l2-0.001,l2-0.01,ewc-1e3,ewc-1e4,replay-1-64,replay-0.1-64,replay-1-512,replay-0.1-512,generative-1,"
            "distillation-1,replay-0.1-512+masked,distillation-1+masked")
 
 
@@ -79,7 +80,8 @@ def distances(checkpoint, tasks, folder, args, log):
 def learn(method, tasks, args, first):
     """Run a method through all tasks; returns the matrix of distances, row t after task t."""
     folder = Path(args.out) / f"{method}-{args.seed}"
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted call
+    folder.mkdir(parents=True)
     log, checkpoint, matrix, seconds = folder / "output.txt", first["checkpoint"], [first["row"]], []
     for t in range(1, len(tasks)):
         here = folder / f"task{t}"
@@ -93,8 +95,7 @@ def learn(method, tasks, args, first):
             checkpoint, facts = train_for(60 * args.minutes * share, here / f"stage{i}", [*flags, start, *mask], log)
             seconds.append(facts["wall"])
         matrix.append(distances(checkpoint, tasks[: t + 1], here, args, log))
-    return dict(method=method, seed=args.seed, minutes=args.minutes, num=args.num, matrix=matrix, steps=facts["steps"],
-                seconds=sum(seconds), report=report_of(checkpoint, tasks, log), **where_from())
+    return dict(method=method, seed=args.seed, matrix=matrix, steps=facts["steps"], seconds=sum(seconds), report=report_of(checkpoint, tasks, log), **where_from())
 
 
 def report_of(checkpoint, tasks, log):
@@ -144,15 +145,19 @@ def main():
     args.out = os.path.abspath(args.out)
     args.tasks = tasks = [os.path.abspath(t) for t in args.tasks]
     folder = Path(args.out) / f"first-{args.seed}"
-    folder.mkdir(parents=True, exist_ok=True)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     done = Path(args.out) / "continual.json"
-    stored = json.loads(done.read_text()) if done.exists() else dict(tasks=[Path(t).name for t in tasks], results=[])
+    about = dict(tasks=[Path(t).name for t in tasks], minutes=args.minutes, num=args.num, references=args.references)
+    stored = json.loads(done.read_text()) if done.exists() else dict(about, results=[])
     results = stored["results"]
-    if stored["tasks"] != [Path(t).name for t in tasks]:
-        sys.exit(f"{done} is about {', '.join(stored['tasks'])}: give another --out")
+    if differ := [k for k in about if stored[k] != about[k]]:
+        sys.exit(f"{done} has results with other {differ[0]} ({stored[differ[0]]}): give another --out")
+    done.write_text(json.dumps(stored, indent=1))
     stored["command"] = " ".join(["python tests/continual.py", *stored["tasks"], f"--minutes {args.minutes:g}",
                                   f"--seed {args.seed} --num {args.num}"])
     if not (folder / "first.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         log = folder / "output.txt"
         pt, _ = train_for(30 * args.minutes, folder / "stage0", [
             *QUIET, f"--data={tasks[0]}", "--preset=demo", f"--seed={args.seed}", *masked(0.75)], log)
@@ -160,12 +165,12 @@ def main():
             *QUIET, f"--data={tasks[0]}", f"--seed={args.seed}", f"--init_from={pt}"], log)
         row = distances(checkpoint, tasks[:1], folder, args, log)
         (folder / "first.json").write_text(json.dumps(dict(
-            checkpoint=str(checkpoint), row=row, report=report_of(checkpoint, tasks, log), minutes=args.minutes)))
+            checkpoint=str(checkpoint), row=row, report=report_of(checkpoint, tasks, log))))
     first = json.loads((folder / "first.json").read_text())
     stored["first"] = {k: v for k, v in first.items() if k != "checkpoint"}
     mine = []
     for method in args.methods.split(","):
-        wanted = dict(method=method, seed=args.seed, minutes=args.minutes, num=args.num)
+        wanted = dict(method=method, seed=args.seed)
         if not any(wanted.items() <= r.items() for r in results):
             results.append(learn(method, tasks, args, first))
             done.write_text(json.dumps(stored, indent=1))

@@ -19,6 +19,7 @@ import torch.nn as nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from model import load_checkpoint
 from prepare_data import open_dataset
 
 
@@ -74,6 +75,9 @@ def main():
     classes = len(meta["class_names"] or [])
     if not classes:
         sys.exit(f"{args.data} has no classes: prepare it from a folder with one sub-folder a class")
+    checkpoint = load_checkpoint(args.ckpt)
+    if checkpoint["architecture"].get("num_classes") != classes or checkpoint["class_names"] != meta["class_names"]:
+        sys.exit(f"{args.ckpt} was not trained with the classes of {args.data}: give one that was (--class_cond)")
     net = fit(images, labels, classes, args.epochs)
     print("| images | agreement | mean over classes |\n|---|---|---|")
     for scale in args.cfg_scale.split(","):

@@ -10,10 +10,11 @@ is first run for a few steps to see how many fit into its time. --minutes is the
 which about two thirds are training; --each gives the training time of a row instead. Judged are the
 validation loss on whole images and --num samples: random-feature Frechet distance to the training
 set and, in some claims, KID to its first --num images. What is finished lies in OUT/CLAIM.json and
-is not run again, so an interrupted call goes on.
+is not run again, so an interrupted call goes on; OUT holds one comparison, of one data set.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -143,9 +144,10 @@ def train_for(seconds, out_dir, flags, log, curve=False):
     """
     flags = [*flags, f"--out_dir={out_dir}", "--log_every=10"]
     trial = out_dir / "trial"
-    call("train.py", *flags, "--eval_every=0", f"--out_dir={trial}", "--steps=40", "--warmup=10", log=log)
+    # All of the trial but its first steps counts, because the steps of a mask schedule differ.
+    call("train.py", *flags, "--eval_every=0", f"--out_dir={trial}", "--steps=42", "--log_every=2", log=log)
     timed = {r["step"]: r["seconds"] for r in records(trial) if "seconds" in r}
-    steps = max(10, round(30 * seconds / (timed[40] - timed[10])))
+    steps = max(10, round(40 * seconds / (timed[42] - timed[2])))
     every = max(10, steps // 60 * 10) if curve else 0  # six times
     begun = time.time()
     _, memory = call("train.py", *flags, f"--steps={steps}", f"--eval_every={every}", f"--keep_every={3 * every}",
@@ -186,16 +188,16 @@ def data_set(on, args):
     if folder.exists():
         return folder
     if on == "few":
-        other = data_set("other", args)
-        shutil.copytree(other, folder)
+        other, work = data_set("other", args), Path(args.out, "few.tmp")
+        shutil.copytree(other, work, dirs_exist_ok=True)
         few = np.random.default_rng(0).permutation(len(np.load(other / "train.npy", mmap_mode="r")))
         few = np.sort(few[: len(few) // 10])
         for name in ("train.npy", "train_labels.npy"):
             if (other / name).exists():
-                np.save(folder / name, np.load(other / name)[few])
+                np.save(work / name, np.load(other / name)[few])
         meta = json.loads((other / "meta.json").read_text())
-        (folder / "meta.json").write_text(json.dumps(meta | dict(num_train=len(few), hash=meta["hash"] + "-few")))
-        return folder
+        (work / "meta.json").write_text(json.dumps(meta | dict(num_train=len(few), hash=meta["hash"] + "-few")))
+        return work.rename(folder)
     source = args.data if on == "data" else args.other
     if source is None:
         sys.exit(f"{args.claim} needs a second data set: give --other")
@@ -245,8 +247,9 @@ def run_row(name, seed, args):
              for flags in way["draw"]]
     for big in out_dir.glob("stage*"):
         shutil.rmtree(big)
-    return dict(row=name, seed=seed, minutes=args.unit * way["time"] / 60, num=args.num, patch_size=args.patch_size,
-                stages=stages, drawn=drawn, val_loss=stages[-1]["val_loss"], **where_from())
+    tuned = "--loss=consistency" in way["stages"][-1][1]  # its validation loss is another thing
+    return dict(row=name, seed=seed, minutes=args.unit * way["time"] / 60, stages=stages, drawn=drawn,
+                val_loss=None if tuned else stages[-1]["val_loss"], **where_from())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -254,14 +257,16 @@ def run_row(name, seed, args):
 
 
 def both(values):
-    """The mean, and half the distance between the extremes."""
+    """The mean, and half the distance between the extremes; nothing of what was not measured."""
+    if None in values:
+        return ""
     spread = f" ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.4g}{spread}"
 
 
 def table(results):
-    lines = ["| way | samples | validation loss | random-feature FD | KID | images/s by stage | steps "
-             "| peak memory, GB |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| way | samples | validation loss | random-feature FD | KID | images/s by stage | steps | seconds "
+             "| peak memory, GB |", "|---|---|---|---|---|---|---|---|---|"]
     for name in dict.fromkeys(r["row"] for r in results):
         rows = [r for r in results if r["row"] == name]
         stages = list(zip(*(r["stages"] for r in rows)))
@@ -270,11 +275,11 @@ def table(results):
             return ", ".join(form.format(statistics.mean(s[key] for s in stage)) for stage in stages)
 
         for drawn in zip(*(r["drawn"] for r in rows)):
-            kid = both([d["kid"] for d in drawn]) if "kid" in drawn[0] else ""
             lines.append(
                 f"| {name} | {drawn[0]['flags'].replace('--', '')} | {both([r['val_loss'] for r in rows])} "
-                f"| {both([d['fd'] for d in drawn])} | {kid} | {each('images_per_s', '{:.0f}')} "
-                f"| {each('steps', '{:.0f}')} | {each('peak_gb', '{:.2f}')} |")
+                f"| {both([d['fd'] for d in drawn])} | {both([d.get('kid') for d in drawn])} "
+                f"| {each('images_per_s', '{:.0f}')} | {each('steps', '{:.0f}')} | {each('seconds', '{:.0f}')} "
+                f"| {each('peak_gb', '{:.2f}')} |")
     return "\n".join(lines)
 
 
@@ -299,6 +304,8 @@ def time_ratios(results, slow="from scratch", fast="two stages"):
              "|---|---|---|---|---|---|"]
     for seed in sorted({r["seed"] for r in results}):
         found = {r["row"]: r for r in results if r["seed"] == seed}
+        if not {slow, fast} <= set(found):
+            continue
         for key, name in (("curve", "validation loss"), ("fd_curve", "random-feature FD")):
             end, value = points(found[slow], key)[-1]
             way = points(found[fast], key)
@@ -350,35 +357,41 @@ def main():
     parser.add_argument("--each", type=float, help="minutes of training of each row, instead")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--num", type=int, default=500, help="samples of each Frechet distance")
-    parser.add_argument("--out", default="out/reproduce")
+    parser.add_argument("--out", help="default: out/reproduce/CLAIM-DATA")
     args = parser.parse_args()
-    args.out = os.path.abspath(args.out)
+    args.out = os.path.abspath(args.out or f"out/reproduce/{args.claim}-{Path(args.data).stem}")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     rows = CLAIMS[args.claim]["rows"]
     args.unit = 60 * (args.each or 2 / 3 * args.minutes / args.seeds / sum(r["time"] for r in rows.values()))
-    data_set("data", args)
-    about = dict(data=Path(args.data).name, other=args.other and Path(args.other).name, size=args.size)
+    about = dict(claim=args.claim, data=Path(args.data).name, other=args.other and Path(args.other).name,
+                 size=args.size, patch_size=args.patch_size, num=args.num, minutes=args.unit / 60)
     done = Path(args.out, args.claim + ".json")
     stored = json.loads(done.read_text()) if done.exists() else dict(about, results=[])
     if differ := [k for k in about if stored[k] != about[k]]:
-        sys.exit(f"{done} has results with another --{differ[0]} ({stored[differ[0]]}): give another --out")
+        sys.exit(f"{done} has results with other {differ[0]} ({stored[differ[0]]}): give another --out")
+    data_set("data", args)
     stored["command"] = " ".join(["python tests/reproduce.py", *(
         Path(a).name if os.path.sep in a else a for a in sys.argv[1:] if not a.startswith("--out"))])
     results = stored["results"]
-    for seed in range(args.seeds):
-        for name in rows:
-            wanted = dict(row=name, seed=seed, num=args.num, patch_size=args.patch_size)
-            if not any(wanted.items() <= r.items() and math.isclose(
-                    60 * r["minutes"], args.unit * rows[name]["time"], rel_tol=0.01) for r in results):
-                results.append(run_row(name, seed, args))
-                done.write_text(json.dumps(stored, indent=1))
-                print(f"{name}, seed {seed}: validation loss {results[-1]['val_loss']:.4f}, random-feature FD "
-                      + ", ".join(f"{d['fd']:.4g}" for d in results[-1]["drawn"]), file=sys.stderr, flush=True)
+    failed = []
+    for seed, name in itertools.product(range(args.seeds), rows):
+        if any((r["row"], r["seed"]) == (name, seed) for r in results):
+            continue
+        try:
+            results.append(run_row(name, seed, args))
+        except SystemExit as e:  # the others may run
+            failed.append(f"{name}, seed {seed}: {e}")
+            continue
+        done.write_text(json.dumps(stored, indent=1))
+        print(f"{name}, seed {seed}: validation loss {results[-1]['val_loss']}, random-feature FD "
+              + ", ".join(f"{d['fd']:.4g}" for d in results[-1]["drawn"]), file=sys.stderr, flush=True)
     print(table(results))
     if any(way["curve"] for way in rows.values()):
         print("\n" + time_ratios(results))
         for key, title in (("curve", "validation loss"), ("fd_curve", "random-feature Frechet distance")):
             plot(f"{args.out}/{args.claim}-{key}.png", results, key, title)
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def main():
         command = [sys.executable, str(FID), args.data, args.ckpt, f"--{args.flag}={value}", "--json", *others]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
-            sys.exit(result.stderr.strip().splitlines()[-1])
+            sys.exit((result.stderr.strip() or "fid.py was killed").splitlines()[-1])
         found = json.loads(result.stdout.splitlines()[-1])
         print(f"| {value} | {found.get('fid', found.get('random_fd', found.get('fd'))):.4g} |", flush=True)
 
