@@ -245,7 +245,7 @@ def read_images(path, num, rank, world):
         yield image
     for name, reason in rejects:  # a figure without it would be of another set
         if reason not in (prepare_data.CLUTTER, prepare_data.TEXT):
-            sys.exit(f"{path}: {str(name)!r} can't be read as an image ({reason}): mend or remove it")
+            sys.exit(f"{path}: {str(name)!r} is no readable image ({reason}): mend or remove it")
 
 
 def checkpoint_source(path, args):
@@ -254,11 +254,7 @@ def checkpoint_source(path, args):
     denoiser, checkpoint = sample.load_denoiser(path, args.ckpt_weights, args.device)
     if sample.is_latent(denoiser.config):
         sys.exit(f"{path} makes latents, but FID needs images: draw and decode samples first")
-    sample.check_guidance(denoiser, checkpoint, args.cfg_scale)
-    mid = args.mid_sigma if args.mid_sigma is not None else sample.default_mid_sigma(checkpoint)
-    sampler, sigmas = sample.noise_levels(denoiser.config, args.sampler, args.steps, mid)
-    settings = dict(sampler=sampler, steps=len(sigmas) - 1, mid_sigma=mid,
-                    cfg_scale=args.cfg_scale, seed=args.seed)
+    settings = sample.sampling_settings(args, denoiser, checkpoint)
     about = {"kind": "checkpoint", "hash": sha256(path), "step": checkpoint["step"],
              "weights": args.ckpt_weights, **settings}
     return Source(path, about, lambda rank, world: (

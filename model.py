@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -54,24 +54,19 @@ class ModelConfig:
                 sys.exit(f"{f.name} is {v!r}, expected {f.type.__name__} above {low}, below 2^20")
         size, p = self.image_size, self.patch_size
         if size % p:
-            fits = sorted(range(1, size + 1), key=lambda q: (size % q > 0, abs(q - p)))[:2]
-            sys.exit(
-                f"image size {size} is not divisible by patch_size {p}: use a patch_size of "
-                f"{min(fits)} or {max(fits)}, or prepare the data at {max(size // p, 1) * p} or "
-                f"{(size // p + 1) * p} px"
-            )
+            divisors = [q for q in range(1, size + 1) if size % q == 0]
+            fits = sorted(divisors, key=lambda q: abs(q - p))[:2]  # the two nearest
+            sys.exit(f"image size {size} is not divisible by patch_size {p}: use a patch_size of "
+                     f"{min(fits)} or {max(fits)}, or prepare the data at "
+                     f"{max(size // p, 1) * p} or {(size // p + 1) * p} px")
         for part in ("", "decoder_") if self.decoder_depth else ("",):
             dim, step = getattr(self, part + "dim"), 4 * getattr(self, part + "heads")
             if dim % step:
-                sys.exit(
-                    f"{part}dim {dim} must be a multiple of 4 x {part}heads ({step}); the nearest "
-                    f"that fits is {max(1, round(dim / step)) * step}"
-                )
+                sys.exit(f"{part}dim {dim} must be a multiple of 4 x {part}heads ({step}); the "
+                         f"nearest that fits is {max(1, round(dim / step)) * step}")
         if self.dense_depth and not (self.decoder_depth and self.dense_depth < self.depth):
-            sys.exit(
-                f"dense_depth is {self.dense_depth}, expected less than depth {self.depth} and a "
-                f"decoder_depth above 0 (here {self.decoder_depth}): give both, such as 2 and 2"
-            )
+            sys.exit(f"dense_depth is {self.dense_depth}, expected less than depth {self.depth} "
+                     "and a decoder_depth above 0: give both, such as 2 and 2")
 
     @property
     def grid(self):
@@ -131,10 +126,8 @@ def count_hidden(grid, mask_ratio, mask_type="patch", block_size=4):
     if mask_type != "block" or mask_ratio == 0:
         return hidden
     if block_size < 1 or grid % block_size:
-        sys.exit(
-            f"block_size {block_size} does not divide the {grid} x {grid} grid of patches: use "
-            f"one of {[b for b in range(1, grid) if grid % b == 0]}"
-        )
+        sys.exit(f"block_size {block_size} does not divide the {grid} x {grid} grid of patches: "
+                 f"use one of {[b for b in range(1, grid) if grid % b == 0]}")
     return hidden // block_size**2 * block_size**2
 
 
@@ -142,10 +135,8 @@ def count_visible(grid, mask_ratio, mask_type="patch", block_size=4):
     """Number K of visible patches; exits where a ratio above 0 hides none (see count_hidden)."""
     hidden = count_hidden(grid, mask_ratio, mask_type, block_size)
     if mask_ratio > 0 and hidden == 0:
-        sys.exit(
-            f"mask_ratio {mask_ratio} with mask_type {mask_type} hides none of the {grid**2} "
-            "patches: raise the ratio, use smaller blocks, or ask for 0"
-        )
+        sys.exit(f"mask_ratio {mask_ratio} with mask_type {mask_type} hides none of the {grid**2} "
+                 "patches: raise the ratio, use smaller blocks, or ask for 0")
     return grid**2 - hidden
 
 
@@ -300,7 +291,12 @@ class DiT(nn.Module):
         for block in self.blocks[self.dense_depth :]:  # (B, K, D)
             x = block(x, cond)
         if self.decoder:
-            x = self.restore(self.decoder_embed(x), visible)  # (B, N, decoder_dim)
+            x = self.decoder_embed(x)
+            if visible is None:
+                x = x + 0 * self.mask_token  # a gradient of zero, so that no process lacks one
+            else:  # back to their places among N; the mask token in all others
+                whole = self.mask_token.to(x.dtype).expand(len(x), len(self.positions), -1)
+                x = whole.scatter(1, visible[:, :, None].expand_as(x), x)
             if self.dense_depth:
                 x = self.fuse(torch.cat([x, dense], dim=2))
             x = x + self.decoder_positions
@@ -309,21 +305,12 @@ class DiT(nn.Module):
         shift, scale = self.modulation(cond)[:, None].chunk(2, dim=2)
         return self.head(modulate(x, shift, scale))
 
-    def restore(self, x, visible):
-        """The tokens x (B, K, D) in their places among N, and the mask token in all others."""
-        if visible is None:
-            return x + 0 * self.mask_token  # a gradient of zero, so that no process lacks one
-        b, _, d = x.shape
-        whole = self.mask_token.to(x.dtype).expand(b, len(self.positions), d)
-        return whole.scatter(1, visible[:, :, None].expand(-1, -1, d), x)
-
 
 class Denoiser(nn.Module):
     """EDM preconditioning around the network: D(x; sigma), the denoised tokens (EDM eq. 7).
 
-    x noisy tokens, (B, K, p*p*C) or, with a decoder, (B, N, p*p*C); sigma (B,) > 0, visible (B, K)
-    or None, labels (B,) int64 with
-    `num_classes` as the null class; required if the model has classes, ignored otherwise.
+    x noisy tokens, (B, K, p*p*C) or, with a decoder, (B, N, p*p*C); sigma (B,) > 0; visible (B, K)
+    or None; labels (B,) int64, num_classes being the null class, needed if the model has classes.
     Returns float32 (or wider) of x's shape.
     """
 
@@ -595,15 +582,12 @@ def load_checkpoint(path):
         sys.exit(f"no checkpoint at {path}: give the path of a .pt file that train.py wrote")
     try:
         with zipfile.ZipFile(path) as z:  # torch.load itself does not compare the sums
-            damaged = z.testzip()
-        if damaged:
-            raise ValueError(f"wrong sum of {damaged}")
+            if damaged := z.testzip():
+                raise ValueError(f"wrong sum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # truncated, foreign or unsafe: the file's bytes decide which error
-        sys.exit(
-            f"{path} cannot be read as a checkpoint ({type(e).__name__}): it is damaged or of "
-            "another kind; give a .pt file that train.py wrote"
-        )
+        sys.exit(f"{path} cannot be read as a checkpoint ({type(e).__name__}): it is damaged or of "
+                 "another kind; give a .pt file that train.py wrote")
     needed = ("model", "ema", "architecture", "config", "step")
     missing = [k for k in needed if not isinstance(checkpoint, dict) or k not in checkpoint]
     if missing:
@@ -640,7 +624,3 @@ def denoiser_from_checkpoint(checkpoint, weights="ema"):
     denoiser.load_state_dict(checkpoint["ema" if weights == "ema" else "model"])
     return denoiser
 
-
-def architecture(config):
-    """The plain dictionary of a ModelConfig that a checkpoint stores."""
-    return asdict(config)

@@ -28,9 +28,11 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -152,22 +154,17 @@ def gather_patches(images, index, visible, patch_size, flip):
 
 def gather(sets, index, visible, patch_size, flip):
     """`gather_patches` from several arrays that are numbered through."""
-    if len(sets) == 1:
-        return gather_patches(sets[0], index, visible, patch_size, flip)
     starts = np.cumsum([0] + [len(s) for s in sets])
     which = np.searchsorted(starts, index, side="right") - 1
-    out = None
-    for i in np.unique(which):
-        mine = which == i
-        part = gather_patches(sets[i], index[mine] - starts[i], visible[mine], patch_size,
-                              flip[mine])
-        out = np.empty((len(index), *part.shape[1:]), part.dtype) if out is None else out
-        out[mine] = part
+    out = np.empty((*visible.shape, patch_size**2 * sets[0].shape[3]), sets[0].dtype)
+    for i, s in enumerate(sets):
+        own = which == i
+        out[own] = gather_patches(s, index[own] - starts[i], visible[own], patch_size, flip[own])
     return out
 
 
 def choose_buffer(n, labels, size, seed):
-    """`size` of n images, alike many of each class: sorted numbers, by the seed alone."""
+    """`size` of n images (None: all), alike many of each class: sorted, by the seed alone."""
     order = np.random.default_rng(seed).permutation(n)
     rank = np.zeros(n, np.int64)  # how many of its class come before it
     if labels is not None:
@@ -395,10 +392,10 @@ def iter_images(src, size=None, channels=3, fit="crop", background="white", reje
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         pool, todo = ThreadPoolExecutor(workers or cores), iter(range(len(source.names)))
         stack.callback(pool.shutdown, cancel_futures=True)
-        ahead = [pool.submit(decode, i) for _, i in zip(range(8 * (workers or cores)), todo)]
+        ahead = deque(pool.submit(decode, i) for i in islice(todo, 8 * (workers or cores)))
         while ahead:
-            i, pixels = ahead.pop(0).result()
-            ahead += [pool.submit(decode, j) for _, j in zip(range(1), todo)]
+            i, pixels = ahead.popleft().result()
+            ahead.extend(pool.submit(decode, j) for j in islice(todo, 1))  # one out, one in
             if isinstance(pixels, str):
                 rejects.append((source.names[i], pixels))
             else:

@@ -33,10 +33,9 @@ SAMPLERS = ("heun", "euler", "churn", "consistency")
 # Noise, noise levels, steps.
 
 
-def image_generator(seed, index):
-    """The random stream of image `index`: it belongs to (seed, index) and to nothing else."""
-    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) >> 1)
+def seed_of(*numbers):
+    """One 63-bit seed for a tuple of non-negative numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def edm_sigmas(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
@@ -79,26 +78,26 @@ def noise_levels(config, sampler=None, steps=None, mid_sigma=0.821):
     return sampler or "heun", edm_sigmas(steps or 18)
 
 
-def default_mid_sigma(checkpoint):
-    """ECT's second noise level, by the preset that the model was tuned with."""
-    return {"imagenet64": 1.526}.get(checkpoint["config"].get("cm_preset"), 0.821)
+def sampling_settings(args, denoiser, checkpoint, guide=None):
+    """What `generate` is to be told, from the flags that sample.py and fid.py have in common.
 
-
-def check_guidance(denoiser, checkpoint, cfg_scale, guide=None):
-    """Exits with a sentence if a model cannot be guided as asked; `guide` is a denoiser or None."""
-    if guide is not None:
-        same = ("image_size", "channels", "patch_size", "num_classes", "cm_segments")
-        if differ := [k for k in same if getattr(guide.config, k) != getattr(denoiser.config, k)]:
-            sys.exit(f"the model of --guide_ckpt differs in {', '.join(differ)}: give an earlier "
-                     "checkpoint of the same run")
-        if cfg_scale == 1:
-            sys.exit("--guide_ckpt does nothing at --cfg_scale 1: give a scale above 1, such as 2")
-    elif cfg_scale != 1 and not denoiser.config.num_classes:
+    Exits with a sentence if the model cannot be guided as asked; `guide` is a denoiser or None.
+    """
+    by_null = args.cfg_scale != 1 and guide is None
+    if guide is not None and args.cfg_scale == 1:
+        sys.exit("--guide_ckpt does nothing at --cfg_scale 1: give a scale above 1, such as 2")
+    if by_null and not denoiser.config.num_classes:
         sys.exit("--cfg_scale needs a model with classes (train it with --class_cond) or, in "
                  "sample.py, a --guide_ckpt")
-    elif cfg_scale != 1 and not checkpoint["config"].get("label_dropout", 0.1):
+    if by_null and not checkpoint["config"].get("label_dropout", 0.1):
         sys.exit("--cfg_scale needs the null class, which this model never saw: train it with a "
                  "--label_dropout above 0, such as 0.1")
+    mid = args.mid_sigma
+    if mid is None:  # ECT's second noise level, by the preset that the model was tuned with
+        mid = {"imagenet64": 1.526}.get(checkpoint["config"].get("cm_preset"), 0.821)
+    sampler, sigmas = noise_levels(denoiser.config, args.sampler, args.steps, mid)
+    return dict(seed=args.seed, sampler=sampler, steps=len(sigmas) - 1, mid_sigma=mid,
+                cfg_scale=args.cfg_scale)
 
 
 def sample_loop(denoise, x, sigmas, sampler="heun", draw=None, churn=40.0, s_min=0.05, s_max=50.0,
@@ -160,10 +159,18 @@ def guided(denoiser, labels, cfg_scale, interval=(0.0, math.inf), guide=None):
 # From a checkpoint to images.
 
 
-def load_denoiser(path, weights="ema", device="cpu"):
-    """(denoiser in eval mode on `device`, checkpoint dict). `weights` is "ema" or "raw"."""
+def load_denoiser(path, weights="ema", device="cpu", like=None, also=()):
+    """(denoiser in eval mode on `device`, checkpoint dict). `weights` is "ema" or "raw".
+
+    Exits with a sentence unless it agrees with the ModelConfig `like` in what makes two models
+    work on the same tokens, and in the fields `also`.
+    """
     checkpoint = load_checkpoint(path)
     denoiser = denoiser_from_checkpoint(checkpoint, weights).to(device).eval()
+    same = ("image_size", "channels", "patch_size", "num_classes", "cm_segments", *also)
+    if like and (differ := [k for k in same if getattr(denoiser.config, k) != getattr(like, k)]):
+        sys.exit(f"{path} differs in {', '.join(differ)} from the model it is to help: give an "
+                 "earlier checkpoint of the same run, or that of --init_from")
     return denoiser.requires_grad_(False), checkpoint
 
 
@@ -184,7 +191,7 @@ def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0
     sampler, sigmas = noise_levels(c, sampler, steps, mid_sigma)
     for start in range(0, len(indices), batch_size):
         batch = list(indices[start : start + batch_size])
-        streams = [image_generator(seed, i) for i in batch]
+        streams = [torch.Generator().manual_seed(seed_of(seed, i)) for i in batch]
 
         def draw():
             shape = (c.image_size, c.image_size, c.channels)
@@ -340,7 +347,7 @@ def parse_interval(text):
 
 
 def pick_device(name, local_rank=0):
-    """auto -> cuda, else mps, else cpu, as a torch.device; exits if the one asked for is not there."""
+    """auto -> cuda, else mps, else cpu, as a torch.device; exits if that asked for is not there."""
     mps = torch.backends.mps.is_available()
     here = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if name == "auto":
@@ -372,28 +379,22 @@ def main(argv=None):
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args(argv)
-    for name in ("num", "steps", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            sys.exit(f"--{name} is {getattr(args, name)}, expected at least 1")
-    if args.seed < 0:
-        sys.exit(f"--seed is {args.seed}, expected 0 or more")
+    for name, least in (("num", 1), ("steps", 1), ("batch_size", 1), ("seed", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            sys.exit(f"--{name} is {getattr(args, name)}, expected at least {least}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     denoiser, checkpoint = load_denoiser(args.ckpt, args.weights, device)
     labels = parse_labels(args.labels, denoiser.config.num_classes)
     guide, weaker = None, None
     if args.guide_ckpt:
-        guide, weaker = load_denoiser(args.guide_ckpt, args.weights, device)
-    check_guidance(denoiser, checkpoint, args.cfg_scale, guide)
+        guide, weaker = load_denoiser(args.guide_ckpt, args.weights, device, denoiser.config)
+    settings = dict(sampling_settings(args, denoiser, checkpoint, guide), labels=labels,
+                    cfg_interval=parse_interval(args.cfg_interval))
     suffix = os.path.splitext(args.out)[1]
     if is_latent(denoiser.config) and suffix not in (".npy", ".png"):
         sys.exit("this model makes latents: give an --out that ends in .npy, and decode that")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    mid_sigma = args.mid_sigma if args.mid_sigma is not None else default_mid_sigma(checkpoint)
-    sampler, sigmas = noise_levels(denoiser.config, args.sampler, args.steps, mid_sigma)
-    settings = dict(seed=args.seed, sampler=sampler, steps=len(sigmas) - 1, mid_sigma=mid_sigma,
-                    labels=labels, cfg_scale=args.cfg_scale,
-                    cfg_interval=parse_interval(args.cfg_interval))
 
     def batches(indices):
         return generate(denoiser, indices, batch_size=args.batch_size, guide=guide,
@@ -401,13 +402,11 @@ def main(argv=None):
 
     if rank == 0:
         print(f"{args.num} samples of {args.ckpt}, step {checkpoint['step']}, {args.weights} "
-              f"weights, {sampler} {settings['steps']}, on {device}", file=sys.stderr)
+              f"weights, {settings['sampler']} {settings['steps']}, on {device}", file=sys.stderr)
     if suffix == ".png":
         if rank == 0:
-            bar = tqdm(range(0, args.num, args.batch_size), desc="sampling", unit="batch")
-            chunks = [images for _, images in batches(range(args.num)) if bar.update() or True]
-            bar.close()
-            save_grid(args.out, np.concatenate(chunks))
+            made = tqdm(batches(range(args.num)), "sampling", -(-args.num // args.batch_size))
+            save_grid(args.out, np.concatenate([images for _, images in made]))
     else:
         describe = dict(settings, num=args.num, batch_size=args.batch_size, weights=args.weights,
                         dtype=args.dtype, step=checkpoint["step"], run=checkpoint.get("run_id"),

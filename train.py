@@ -26,7 +26,6 @@ import time
 import typing
 from argparse import SUPPRESS, BooleanOptionalAction
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -38,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import sample
-from model import (PRESETS, Denoiser, ModelConfig, add_penalty, architecture, bound,
+from model import (PRESETS, Denoiser, ModelConfig, add_penalty, bound,
                    consistency_objective, count_hidden, count_visible, denoiser_from_checkpoint,
                    fisher_information, load_checkpoint, objective, patchify, previous_name,
                    sample_visible, save_checkpoint, stored_config)
@@ -170,18 +169,14 @@ def parse_flags(argv):
     """The settings that were given on the command line, and no others."""
     parser = Parser(description=__doc__.splitlines()[0], argument_default=SUPPRESS)
     for f in fields(Config):
-        kind = ([t for t in typing.get_args(f.type) if t is not type(None)] or [f.type])[0]
-        default = "" if f.default is None else f" (default {f.default})"
-        extra = dict(help=f.metadata["help"] + default)
-        if f.metadata["choices"]:
-            extra["choices"] = f.metadata["choices"]
+        kind = (typing.get_args(f.type) or [f.type])[0]  # str of str | None
+        how = dict(type=kind, choices=f.metadata["choices"])
         if kind is bool:
-            extra["action"] = BooleanOptionalAction
-        elif f.name == "resume":
-            extra.update(nargs="?", const="last", choices=("last", "auto"))
-        else:
-            extra["type"] = kind
-        parser.add_argument(f"--{f.name}", **extra)
+            how = dict(action=BooleanOptionalAction)
+        if f.name == "resume":
+            how = dict(nargs="?", const="last", choices=("last", "auto"))
+        default = "" if f.default is None else f" (default {f.default})"
+        parser.add_argument(f"--{f.name}", help=f.metadata["help"] + default, **how)
     return vars(parser.parse_args(argv))
 
 
@@ -193,10 +188,8 @@ def resolve(given, previous, device):
             sys.exit(f"the run has the setting {key} = {value!r}, which this train.py does not "
                      "know: resume it with the version that made it")
     cfg = Config(**(previous | given))
-    if cfg.loss == "consistency":
-        chosen = CONSISTENCY[cfg.cm_preset]
-        changed = given.get("cm_preset", previous.get("cm_preset")) != previous.get("cm_preset")
-        cfg = Config(**(chosen | previous | (chosen if changed else {}) | given))
+    if cfg.loss == "consistency" and cfg.cm_preset != previous.get("cm_preset"):
+        cfg = Config(**(previous | CONSISTENCY[cfg.cm_preset] | given))
     stage = {"pt": 1, "ft": 2, "cm": 3}[run_name(asdict(cfg))]
     for name, value in DEFAULTS["cpu" if device.type == "cpu" else "gpu", stage].items():
         if getattr(cfg, name) is None:
@@ -207,25 +200,23 @@ def resolve(given, previous, device):
         stages = max(1, round(8 / math.log2(max(cfg.cm_q, 1.1))))  # the gap ends at 1/256, as ECT's
         cfg.cm_stage_length = max(1, math.ceil(cfg.steps / stages))
     reporting = {"eval_only", "ckpt", "data", "out_dir", "seed", "device", "dtype"}
-    if cfg.eval_only and set(given) - reporting:
-        sys.exit(f"--{min(set(given) - reporting)} does nothing with --eval_only: leave it out "
-                 "(the checkpoint is --ckpt)")
     cm = {f.name for f in fields(Config) if f.name.startswith("cm_")}
     decoder = cfg.decoder_depth or "init_from" in given or previous
-    useful = [  # what is needed, whether it is there, what does nothing otherwise
-        ("--loss=consistency", cfg.loss == "consistency", cm | {"ref_batch"}),
-        ("--decoder_depth", decoder, {"decoder_dim", "decoder_heads", "mae_weight"}),
-        ("--mask_ratio_end", cfg.mask_ratio_end is not None, {"mask_schedule"}),
-        ("--replay", cfg.replay, {"replay_coef", "replay_buffer"}),
-        ("--distill_from", cfg.distill_from, {"distill_coef"}),
-        ("--replay or --distill_from", cfg.replay or cfg.distill_from, {"replay_frac"}),
-        ("--ewc", cfg.ewc, {"fisher_batches"}),
-        ("--eval_only", cfg.eval_only, {"ckpt"}),
+    idle = [  # when, whether that is so, which flags then do nothing
+        ("with --eval_only", cfg.eval_only, set(given) - reporting),
+        ("without --eval_only", not cfg.eval_only, {"ckpt"}),
+        ("without --loss=consistency", cfg.loss != "consistency", cm | {"ref_batch"}),
+        ("without --decoder_depth", not decoder, {"decoder_dim", "decoder_heads", "mae_weight"}),
+        ("without --mask_ratio_end", cfg.mask_ratio_end is None, {"mask_schedule"}),
+        ("without --replay", not cfg.replay, {"replay_coef", "replay_buffer"}),
+        ("without --distill_from", not cfg.distill_from, {"distill_coef"}),
+        ("without --replay or --distill_from", not (cfg.replay or cfg.distill_from),
+         {"replay_frac"}),
+        ("without --ewc", not cfg.ewc, {"fisher_batches"}),
     ]
-    for needed, there, names in useful:
-        if not there and names & set(given):
-            sys.exit(f"--{min(names & set(given))} does nothing without {needed}: give that, too, "
-                     "or leave it out")
+    for when, so, names in idle:
+        if so and names & set(given):
+            sys.exit(f"--{min(names & set(given))} does nothing {when}: change one of the two")
     return cfg
 
 
@@ -262,11 +253,6 @@ def check(cfg):
 # The stream of data: step n -> its batch. All randomness of training is drawn here.
 
 
-def seed_of(*numbers):
-    """One 63-bit seed for a tuple of non-negative numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
-
-
 def mask_ratios(cfg, grid):
     """The share of patches hidden in each part of the run: one value, or six with mask_ratio_end.
 
@@ -284,7 +270,7 @@ def mask_ratios(cfg, grid):
 @lru_cache(8)
 def shuffled(n, seed, epoch):
     """The order of n images in an epoch."""
-    g = torch.Generator().manual_seed(seed_of(seed, 0, epoch))
+    g = torch.Generator().manual_seed(sample.seed_of(seed, 0, epoch))
     return torch.randperm(n, generator=g).numpy()
 
 
@@ -303,11 +289,12 @@ class Stream:
         self.new = np.arange(sum(map(len, self.sets))) if new is None else np.asarray(new)
         self.old = np.asarray(old, np.int64)
         share = round(cfg.replay_frac * cfg.batch_size)
-        n_replayed = share if len(old) and cfg.replay_coef > 0 else 0
-        n_distilled = share if cfg.distill_from and cfg.distill_coef > 0 else 0
-        self.n_new = cfg.batch_size - n_replayed - n_distilled
-        self.parts = [(self.new, self.n_new, 1.0), (self.old, n_replayed, cfg.replay_coef),
-                      (self.new, n_distilled, cfg.distill_coef)]  # (from where, how many, weight)
+        self.n_replayed = share if len(old) and cfg.replay_coef > 0 else 0
+        self.n_distilled = share if cfg.distill_from and cfg.distill_coef > 0 else 0
+        self.n_new = cfg.batch_size - self.n_replayed - self.n_distilled
+        self.parts = [  # where from, how many, weight
+            (self.new, self.n_new, 1.0), (self.old, self.n_replayed, cfg.replay_coef),
+            (self.new, self.n_distilled, cfg.distill_coef)]
         self.device = device
         self.ratios = mask_ratios(cfg, config.grid)
         # Every world-th image, so that each process has its part of each kind.
@@ -338,7 +325,7 @@ class Stream:
         or None.
         """
         cfg, config = self.cfg, self.config
-        g = torch.Generator().manual_seed(seed_of(cfg.seed, 1, step))
+        g = torch.Generator().manual_seed(sample.seed_of(cfg.seed, 1, step))
         ln_sigma = cfg.p_mean + cfg.p_std * torch.randn(cfg.batch_size, generator=g)
         sigma = ln_sigma[self.share].exp()
         flip = torch.rand(cfg.batch_size, generator=g)[self.share].numpy() < 0.5 * cfg.hflip
@@ -348,51 +335,45 @@ class Stream:
                                  generator=g)
         index = self.index(step)[self.share]
         visible = None if visible is None else visible[self.share]
-        if visible is None or config.decoder_depth:  # a decoder is asked about the hidden ones, too
-            shown = np.arange(config.grid**2)[None].repeat(len(index), axis=0)
-        else:
-            shown = visible.numpy()
-        clean = self.pixels(index, shown, flip)
-        labels = None
-        if config.num_classes:
-            labels = torch.from_numpy(self.labels[index].astype(np.int64))
+        # A decoder is asked about the hidden patches, too.
+        clean, labels = self.read(index, flip, None if config.decoder_depth else visible)
+        if labels is not None:
             labels = torch.where(dropped, config.num_classes, labels)
 
         sigma, visible, labels = (self.move(t) for t in (sigma, visible, labels))
-        g = torch.Generator(self.device).manual_seed(seed_of(cfg.seed, 2, step))
+        g = torch.Generator(self.device).manual_seed(sample.seed_of(cfg.seed, 2, step))
         noise = torch.randn(cfg.batch_size, *clean.shape[1:], generator=g, device=self.device)
         batch = dict(index=index, clean=clean, noise=noise[self.share], sigma=sigma,
                      visible=visible, labels=labels, **self.references(step))
         if (weight := self.weights()) is not None:
             batch["weight"] = self.move(weight[self.share])
-        if n := self.parts[2][1]:
+        if self.n_distilled:
             start = torch.randn(noise.shape, generator=g, device=self.device)
-            distilled = torch.arange(cfg.batch_size) >= cfg.batch_size - n
+            distilled = torch.arange(cfg.batch_size) >= cfg.batch_size - self.n_distilled
             batch.update(start=start[self.share], distilled=distilled[self.share])
         return batch
 
-    def pixels(self, index, shown, flip):
-        """The patches `shown` of some images, on the device, 8-bit values as [-1, 1]."""
+    def read(self, index, flip, visible=None):
+        """Some images: their visible patches (None: all) on the device, as floats; their labels."""
+        n = self.config.grid**2
+        shown = np.tile(np.arange(n), (len(index), 1)) if visible is None else visible.numpy()
         patches = gather(self.sets, index, shown, self.config.patch_size, flip)
-        return self.as_float(self.move(torch.from_numpy(patches)))
+        labels = torch.from_numpy(self.labels[index]) if self.config.num_classes else None
+        return self.as_float(self.move(torch.from_numpy(patches))), labels
 
     def references(self, step):
         """The whole images that a batch shares to average over (SCT), and their labels."""
-        cfg, config = self.cfg, self.config
+        cfg = self.cfg
         if cfg.loss != "consistency" or cfg.ref_batch < 2:  # each image alone is ECT
             return {}
-        g = torch.Generator().manual_seed(seed_of(cfg.seed, 5, step))
+        g = torch.Generator().manual_seed(sample.seed_of(cfg.seed, 5, step))
         n = cfg.ref_batch - 1
-        n_old = round(n * self.parts[1][1] / cfg.batch_size)
+        n_old = round(n * self.n_replayed / cfg.batch_size)
         index = np.concatenate([pool[torch.randint(len(pool), (k,), generator=g).numpy()]
                                 for pool, k in ((self.new, n - n_old), (self.old, n_old)) if k])
         flip = torch.rand(len(index), generator=g).numpy() < 0.5 * cfg.hflip
-        everything = np.arange(config.grid**2)[None].repeat(len(index), axis=0)
-        labels = None
-        if config.num_classes:
-            labels = torch.from_numpy(self.labels[index].astype(np.int64))
-        return dict(references=self.pixels(index, everything, flip),
-                    reference_labels=self.move(labels))
+        images, labels = self.read(index, flip)
+        return dict(references=images, reference_labels=self.move(labels))
 
     @staticmethod
     def as_float(t):
@@ -444,7 +425,7 @@ def validation_set(images, labels, config, seed, levels=(-1.2, 1.2), limit=512):
                             for start, x in zip(starts, images)])
     pixels = np.concatenate([x[: limit // len(images)] for x in images])
     n, clean = len(index), patchify(torch.from_numpy(pixels), config.patch_size)
-    g = torch.Generator().manual_seed(seed_of(seed, 3))
+    g = torch.Generator().manual_seed(sample.seed_of(seed, 3))
     quantile = (torch.randperm(n, generator=g) + 0.5) / n
     sigma = torch.exp(levels[0] + levels[1] * math.sqrt(2) * torch.erfinv(2 * quantile - 1))
     noise = patchify(torch.randn(pixels.shape, generator=g), config.patch_size)
@@ -452,65 +433,49 @@ def validation_set(images, labels, config, seed, levels=(-1.2, 1.2), limit=512):
     return dict(clean=clean, noise=noise, sigma=sigma, labels=labels)
 
 
-@torch.no_grad()
-def validate(loss_of, data, autocast, device, rank, world, batch):
-    """Mean loss over the validation set; the processes share the work."""
-    total = torch.zeros((), dtype=torch.float64)
-    for start in range(rank * batch, len(data["clean"]), world * batch):
-        part = {k: None if t is None else t[start : start + batch].to(device)
-                for k, t in data.items()}
-        part["clean"] = Stream.as_float(part["clean"])
-        with autocast:
-            total += loss_of(visible=None, **part).sum().cpu().double()
-    if world > 1:
-        total = total.to(device)
-        dist.all_reduce(total)
-    return total.item() / len(data["clean"])
-
-
 # ---------------------------------------------------------------------------------------------
 # Report: what a model knows of some data sets (--eval_only).
 
 
 @torch.no_grad()
-def report(denoiser, class_names, names, seed, device, autocast, limit=512):
-    """Print a table for each prepared set, of its validation images; returns it as a dictionary."""
-    config, low_high = denoiser.config, np.linspace(math.log(0.002), math.log(80.0), 11)
-    print("| set | ln sigma | " + " | ".join(f"{v:.2f}" for v in (low_high[:-1] + low_high[1:]) / 2)
+def report(cfg, device, autocast, limit=512):
+    """Print what --ckpt knows of the validation images of each set; also into CKPT.eval.json."""
+    path = cfg.ckpt or os.path.join(cfg.out_dir, "ft.pt")
+    denoiser, checkpoint = sample.load_denoiser(path, device=device)
+    config, edges, result = denoiser.config, np.linspace(math.log(0.002), math.log(80.0), 11), {}
+    print("| set | ln sigma | " + " | ".join(f"{v:.2f}" for v in (edges[:-1] + edges[1:]) / 2)
           + " | bits per dimension |\n" + "|---" * 13 + "|")
-    result = {}
-    for name in names:
+    for name in cfg.data.split(","):
         images, labels, meta = open_dataset(name, "val")
         if images.shape[1:] != (config.image_size, config.image_size, config.channels):
             sys.exit(f"{name} has images of shape {images.shape[1:]}, but the model makes "
                      f"{config.image_size} x {config.image_size} with {config.channels} channels")
         if images.dtype != np.uint8:
             sys.exit(f"{name} holds {images.dtype} latents: bits per dimension need 8-bit images")
-        if config.num_classes and meta["class_names"] != class_names:
+        if config.num_classes and meta["class_names"] != checkpoint.get("class_names"):
             sys.exit(f"{name} has not the {config.num_classes} classes of the model, but "
                      f"{len(meta['class_names'] or [])} others: name sets with its classes")
-        g, bits, losses = torch.Generator().manual_seed(seed_of(seed, 7)), [], []
+        g, bits, losses = torch.Generator().manual_seed(sample.seed_of(cfg.seed, 7)), [], []
         for start in range(0, min(limit, len(images)), 32):
-            part = torch.from_numpy(np.array(images[start : min(start + 32, limit)]))
-            known = None
-            if config.num_classes:
-                known = torch.from_numpy(labels[start : start + len(part)].astype(np.int64))
-                known = known.to(device)
-
-            def denoise(x, sigma):
-                with autocast:
-                    return denoiser(x, sigma, labels=known)
-
-            values = patchify(part, config.patch_size).to(device)
-            b, e = bound(denoise, values, g, config.sigma_data)
+            at = slice(start, min(start + 32, limit))
+            values = patchify(torch.from_numpy(np.array(images[at])), config.patch_size).to(device)
+            known = torch.from_numpy(labels[at]).to(device) if config.num_classes else None
+            with autocast:
+                b, e = bound(partial(denoiser, labels=known), values, g, config.sigma_data)
             bits, losses = bits + [b.cpu()], losses + [e.cpu()]
         bits, losses = torch.cat(bits).double(), torch.cat(losses).double().mean(dim=0).tolist()
         error = bits.std().item() / math.sqrt(len(bits)) if len(bits) > 1 else None
-        result[name] = dict(images=len(bits), loss_by_level=losses, ln_sigma=low_high.tolist(),
+        result[name] = dict(images=len(bits), loss_by_level=losses, ln_sigma=edges.tolist(),
                             bits_per_dim=bits.mean().item(), standard_error=error)
         print(f"| {name} | loss | " + " | ".join(f"{v:.4g}" for v in losses)
               + f" | {bits.mean():.4f} ± {error or math.nan:.4f} |", flush=True)
-    return result
+    text = json.dumps(result)
+    print(text)
+    try:
+        sample.replace_file(os.path.splitext(path)[0] + ".eval.json",
+                            lambda f: f.write(text.encode()))
+    except OSError as e:
+        print(f"the report could not be written ({e})", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -523,35 +488,32 @@ def task_fisher(cfg, denoiser, batches, device, autocast, rank, world):
     cfg = replace(cfg, distill_from=None, loss="diffusion", batch_size=max(cfg.batch_size, world))
     stream = Stream(sets, labels, cfg, denoiser.config, device, rank, world)
     batches = (stream.load(cfg.steps + n) for n in range(batches))
-    return fisher_information(denoiser, denoiser.config, batches, autocast)
+    return fisher_information(denoiser.to(device), denoiser.config, batches, autocast)
 
 
-def old_importance(start, path, cfg, device, autocast, rank, world):
-    """What EWC holds: the Fisher information of a checkpoint's tasks, stored or computed now."""
-    if "fisher" in start:
-        return start["fisher"]
+def add_importance(kept, start, cfg, fisher_of):
+    """`kept` and the importance for the task of --init_from, which was learned without EWC."""
     known = {f.name for f in fields(Config)}
     old = Config(**{k: v for k, v in start["config"].items() if k in known})
     names = old.data.split(",")
     here = all(os.path.exists(os.path.join(d, "meta.json")) for d in names)
     if not here or open_union(names)[2]["hash"] != start.get("data_hash"):
-        sys.exit(f"--ewc needs the data that {path} was trained on, and {old.data} is not there or "
-                 "has changed: put it back, or leave --ewc out")
-    denoiser = denoiser_from_checkpoint(start, cfg.init_weights).to(device)
-    fisher = task_fisher(old, denoiser, cfg.fisher_batches, device, autocast, rank, world)
-    return {n: f + start["importance"][n].to(device) if n in start.get("importance", {}) else f
-            for n, f in fisher.items()}
+        sys.exit(f"--ewc needs the data that {cfg.init_from} was trained on, and {old.data} is not "
+                 "there or has changed: put it back, or leave --ewc out")
+    own = fisher_of(old, denoiser_from_checkpoint(start, cfg.init_weights), cfg.fisher_batches)
+    return {n: f + kept[n].to(f.device) if n in kept else f for n, f in own.items()}
 
 
-def held_back(cfg, start, resumed, meta, denoiser, device, autocast, rank, world):
+def held_back(cfg, start, resumed, data_hash, denoiser, fisher_of):
     """What the weights are pulled to and how strongly: anchor, importance (by name), strength.
 
     The anchor is the weights of --init_from; a second stage on the same data goes on with that of
     the first. Parameters that begin afresh are free. Without l2_prev and ewc there is no strength,
     but the importance of earlier tasks is kept for later ones. All are None without a start.
+    fisher_of(config of a run, denoiser, batches) is `task_fisher` on this machine.
     """
     def fitted(stored):
-        return {n: stored[n].to(device) if n in stored and stored[n].shape == p.shape
+        return {n: stored[n].to(p.device) if n in stored and stored[n].shape == p.shape
                 else torch.zeros_like(p) for n, p in denoiser.named_parameters()}
 
     pulled = cfg.l2_prev > 0 or cfg.ewc > 0
@@ -559,18 +521,17 @@ def held_back(cfg, start, resumed, meta, denoiser, device, autocast, rank, world
         if pulled:
             sys.exit("--l2_prev and --ewc pull to the weights of --init_from: give that")
         return None, None, None
-    kept = start.get("fisher") or start.get("importance") or {}
-    same_task = start.get("data_hash") == meta["hash"] and "anchor" in start
-    if resumed and pulled and ("anchor" not in start or (cfg.ewc and "importance" not in start)):
+    complete = "anchor" in start and (not cfg.ewc or "importance" in start)
+    if resumed and pulled and not complete:
         sys.exit("--l2_prev and --ewc cannot begin in the middle of a run: start one from its "
                  "checkpoint with --init_from")
-    if resumed or (same_task and (not cfg.ewc or "importance" in start)):
+    if resumed or (complete and start.get("data_hash") == data_hash):
         anchor, kept = start.get("anchor"), start.get("importance", {})
     else:
-        weights = start["ema" if cfg.init_weights == "ema" else "model"]
-        anchor = {n: v for n, v in weights.items() if n in dict(denoiser.named_parameters())}
-        if cfg.ewc:
-            kept = old_importance(start, cfg.init_from, cfg, device, autocast, rank, world)
+        anchor = start["ema" if cfg.init_weights == "ema" else "model"]
+        kept = start.get("fisher") or start.get("importance") or {}
+        if cfg.ewc and "fisher" not in start:
+            kept = add_importance(kept, start, cfg, fisher_of)
     if not pulled:
         return None, {n: v.cpu() for n, v in kept.items()}, None
     importance = fitted(kept)
@@ -579,35 +540,20 @@ def held_back(cfg, start, resumed, meta, denoiser, device, autocast, rank, world
     return fitted(anchor), importance if kept else None, strength
 
 
-def load_teacher(cfg, config, device):
-    """The frozen model of --distill_from; it must fit this run's."""
-    teacher, _ = sample.load_denoiser(cfg.distill_from, device=device)
-    same = ("image_size", "channels", "patch_size", "num_classes", "decoder_depth", "dense_depth",
-            "cm_segments")
-    if differ := [k for k in same if getattr(teacher.config, k) != getattr(config, k)]:
-        sys.exit(f"--distill_from {cfg.distill_from} differs in {', '.join(differ)} from this run: "
-                 "give the checkpoint of --init_from")
-    return teacher
-
-
 def taken_up(given):
     """(path, checkpoint, the file it was read from) of the run that --resume means, or None x 3."""
-    how = given.get("resume")
-    out_dir = given.get("out_dir", Config.out_dir)
-    if how is None:
-        return None, None, None
+    how, out_dir = given.get("resume"), given.get("out_dir", Config.out_dir)
     names = [run_name(given) + ".pt"]
     if how == "last" and not {"mask_ratio", "mask_ratio_end", "init_from", "loss"} & set(given):
         names = ["pt.pt", "ft.pt", "cm.pt"]  # nothing says which: the newest
-    files = [os.path.join(out_dir, n) for n in names]
-    files = [f for f in files + [previous_name(f) for f in files] if os.path.exists(f)]
-    if not files:
-        if how == "auto":
-            return None, None, None
+    paths = [os.path.join(out_dir, n) for n in names]
+    run_of = {f: p for p in paths for f in (p, previous_name(p)) if os.path.exists(f)}
+    if how is None or (how == "auto" and not run_of):
+        return None, None, None
+    if not run_of:
         sys.exit(f"--resume found no {' or '.join(names)} in {out_dir}: start without it, or name "
                  "the run's --out_dir")
-    newest = max(files, key=os.path.getmtime)
-    path = re.sub(r"\.prev\.pt$", ".pt", newest)
+    path = run_of[max(run_of, key=os.path.getmtime)]
     for file in (path, previous_name(path)):
         try:
             return path, load_checkpoint(file), file
@@ -622,26 +568,23 @@ def model_config(cfg, given, meta, start, resumed, say):
     sizes = dict.fromkeys(DECODER, 0) | PRESETS[cfg.preset]
     sizes.update({k: getattr(cfg, k) for k in ARCHITECTURE if getattr(cfg, k) is not None})
     if start:
-        theirs = architecture(stored_config(start))
-        wanted = dict(PRESETS[given["preset"]]) if "preset" in given else {}
-        wanted.update({k: given[k] for k in ARCHITECTURE if k in given}, channels=meta["channels"])
-        for k, v in wanted.items():
-            if v != theirs[k] and (resumed or k not in DECODER):
-                sys.exit(f"{k} is {v}, but {'the run' if resumed else cfg.init_from} has "
+        theirs = asdict(stored_config(start))
+        wanted = {k: given[k] for k in ARCHITECTURE if k in given}
+        asked = PRESETS.get(given.get("preset"), {}) | wanted | {"channels": meta["channels"]}
+        for k in asked:
+            if asked[k] != theirs[k] and (resumed or k not in DECODER):
+                sys.exit(f"{k} is {asked[k]}, but {'the run' if resumed else cfg.init_from} has "
                          f"{theirs[k]}: leave the flag out, or start from another checkpoint")
-        sizes = {k: theirs[k] for k in ARCHITECTURE}
-        sizes.update({k: given[k] for k in DECODER if k in given})
-        if sizes["dense_depth"] != theirs["dense_depth"]:
-            say(f"dense_depth is {sizes['dense_depth']}, in {cfg.init_from} it was "
-                f"{theirs['dense_depth']}")
+            if asked[k] != theirs[k]:
+                say(f"{k} is {asked[k]}, in {cfg.init_from} it was {theirs[k]}")
+        sizes = {k: theirs[k] for k in ARCHITECTURE} | wanted
     classes = len(meta["class_names"] or []) if cfg.class_cond else 0
     if cfg.class_cond and not classes:
         sys.exit(f"--class_cond needs labels, and {cfg.data} has none: prepare it from a folder "
                  "with one sub-folder a class, or leave the flag out")
-    theirs = start["architecture"]["num_classes"] if resumed else classes
-    if classes != theirs:
-        sys.exit(f"{cfg.data} has {classes} classes, but the run has {theirs}: resume on the data "
-                 "it began with, or start a new run with --init_from")
+    if resumed and classes != theirs["num_classes"]:
+        sys.exit(f"{cfg.data} has {classes} classes, but the run has {theirs['num_classes']}: "
+                 "resume on the data it began with, or start a new run with --init_from")
     segments = cfg.cm_segments if cfg.loss == "consistency" else 0
     config = ModelConfig(image_size=meta["size"], channels=meta["channels"], num_classes=classes,
                          sigma_data=meta["sigma_data"], cm_segments=segments, **sizes)
@@ -760,16 +703,7 @@ def main(argv=None):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if cfg.eval_only:
         if rank == 0:
-            ckpt = cfg.ckpt or os.path.join(cfg.out_dir, "ft.pt")
-            denoiser, about = sample.load_denoiser(ckpt, device=device)
-            names = about.get("class_names"), cfg.data.split(",")
-            text = json.dumps(report(denoiser, *names, cfg.seed, device, autocast))
-            print(text)
-            try:
-                sample.replace_file(os.path.splitext(ckpt)[0] + ".eval.json",
-                                    lambda f: f.write(text.encode()))
-            except OSError as e:
-                say(f"the report could not be written ({e})")
+            report(cfg, device, autocast)
         return
 
     # -- data and network -----------------------------------------------------------------------
@@ -780,9 +714,8 @@ def main(argv=None):
     starts = np.cumsum([0] + [len(x) for x in images])
     new, remembered = np.arange(starts[len(names)]), []  # numbers of images to learn, to replay
     for name, begin, end in zip(replayed, starts[len(names) :], starts[len(names) + 1 :]):
-        size = min(cfg.replay_buffer or end, end - begin)
-        chosen = choose_buffer(end - begin, open_dataset(name)[1], size, seed_of(cfg.seed, 6))
-        remembered.extend(begin + chosen)
+        remembered.extend(begin + choose_buffer(end - begin, open_dataset(name)[1],
+                                                cfg.replay_buffer, sample.seed_of(cfg.seed, 6)))
     if start and not checkpoint and "class_cond" not in given and meta["class_names"]:
         cfg.class_cond = start["architecture"]["num_classes"] > 0  # stays what it was
     config = model_config(cfg, given, meta, start, checkpoint is not None, say)
@@ -796,7 +729,7 @@ def main(argv=None):
     if micro < 1 or cfg.batch_size % (world * micro):
         sys.exit(f"batch_size {cfg.batch_size} is not divisible by {world} processes x micro_batch "
                  f"{cfg.micro_batch or 1}: change one of the three")
-    torch.manual_seed(seed_of(cfg.seed, 4) % 2**63)
+    torch.manual_seed(sample.seed_of(cfg.seed, 4))
     denoiser = Denoiser(config)
     if checkpoint:
         denoiser.load_state_dict(checkpoint["model"])
@@ -809,15 +742,19 @@ def main(argv=None):
     stream = Stream(images, labels, cfg, config, device, rank, world, new, remembered)
     if stream.n_new < 0 or (stream.n_new == 0 and cfg.replay_frac < 1):
         sys.exit(f"--replay_frac {cfg.replay_frac} leaves no new images: give less, such as 0.25")
-    teacher = load_teacher(cfg, config, device) if stream.parts[2][1] else None
-    anchor, importance, strength = held_back(cfg, start, checkpoint is not None, meta, denoiser,
-                                             device, autocast, rank, world)
+    teacher = None
+    if stream.n_distilled:
+        also = ("decoder_depth", "dense_depth")
+        teacher, _ = sample.load_denoiser(cfg.distill_from, "ema", device, config, also)
+    fisher_of = partial(task_fisher, device=device, autocast=autocast, rank=rank, world=world)
+    anchor, importance, strength = held_back(cfg, start, checkpoint is not None, meta["hash"],
+                                             denoiser, fisher_of)
     kind = dict(adamw=partial(torch.optim.AdamW, fused=True),
                 radam=partial(torch.optim.RAdam, decoupled_weight_decay=True))[cfg.optimizer]
     optimizer = kind(denoiser.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
                      weight_decay=cfg.weight_decay)
     step = 0
-    run_id = f"{seed_of(cfg.seed, time.time_ns()):016x}"
+    run_id = f"{sample.seed_of(cfg.seed, time.time_ns()):016x}"
     name = run_name(asdict(cfg))
     path = path or os.path.join(cfg.out_dir, name + ".pt")
     if checkpoint:
@@ -856,9 +793,10 @@ def main(argv=None):
     if world > 1:
         steps = torch.tensor([step, -step], device=device)
         dist.all_reduce(steps, dist.ReduceOp.MAX)
-        if steps.sum():
-            sys.exit(f"the processes start from steps {-int(steps[1])} to {int(steps[0])}: "
-                     f"{cfg.out_dir} must be on storage that all nodes share")
+        highest, lowest = int(steps[0]), -int(steps[1])
+        if lowest != highest:
+            sys.exit(f"the processes start from steps {lowest} to {highest}: {cfg.out_dir} must be "
+                     "on storage that all nodes share")
     if cfg.compile:
         torch._dynamo.config.recompile_limit = 16  # six mask ratios, with gradient and without
         denoiser.compile(dynamic=False)
@@ -873,10 +811,8 @@ def main(argv=None):
     say("\n".join(f"{key:>14} = {v}" for key, v in asdict(cfg).items() if v is not None))
     size = sum(p.numel() for p in denoiser.parameters()) / 1e6
     say(f"{size:.2f} M parameters on {world} x {device} in {str(dtype)[6:]}; {len(stream.new)} "
-        f"images; {counts[0]} of {config.grid**2} patches visible (mask ratio "
+        f"images; {', '.join(map(str, counts))} of {config.grid**2} patches visible (mask ratio "
         f"{1 - counts[0] / config.grid**2:.4g}); writing {path}")
-    if len(set(counts)) > 1:
-        say(f"visible patches in each sixth of the run: {', '.join(map(str, counts))}")
     if cfg.loss == "consistency":
         stages = math.ceil(cfg.steps / cfg.cm_stage_length)
         say(f"{stages} stages, to a gap 1 - r/t of {cfg.cm_q**-stages:.3g} at high noise levels")
@@ -885,8 +821,7 @@ def main(argv=None):
             say(f"{n} of {cfg.batch_size} images of a batch are {what}, with coefficient {coef}"
                 + (f", from {len(pool)}" if what == "replayed" else ""))
     if cfg.batch_size > len(stream.new):
-        say(f"a batch of {cfg.batch_size} holds images of this set of {len(stream.new)} more than "
-            "once")
+        say(f"a batch of {cfg.batch_size} holds some of these {len(stream.new)} images repeatedly")
 
     # -- saving, logging, stopping ----------------------------------------------------------------
     continual = {k: v for k, v in (("anchor", anchor), ("importance", importance)) if v}
@@ -898,7 +833,7 @@ def main(argv=None):
         try:
             save_checkpoint(to, dict(
                 model=denoiser.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                architecture=architecture(config), config=asdict(cfg), step=step, run_id=run_id,
+                architecture=asdict(config), config=asdict(cfg), step=step, run_id=run_id,
                 data_hash=meta["hash"], class_names=meta["class_names"], **continual))
             return True
         except (OSError, RuntimeError) as e:
@@ -913,13 +848,22 @@ def main(argv=None):
             except OSError as e:
                 say(f"step {step}: log.jsonl could not be written ({e})")
 
+    @torch.no_grad()
     def evaluate():
+        """Log the mean loss of the EMA weights on the validation set; the processes share it."""
         batch = max(1, min(64, micro * k // config.grid**2))  # no more tokens than in training
-        # A consistency loss is that of the last stage, to ECT's target, whatever is trained.
-        last = partial(loss_of, ema, step=cfg.steps - 1)
-        loss = validate(last, validation, autocast, device, rank, world, batch)
-        log(val_loss=loss)
-        say(f"step {step}: validation loss {loss:.4f}")
+        n, total = len(validation["clean"]), torch.zeros((), dtype=torch.float64)
+        for start in range(rank * batch, n, world * batch):
+            part = {key: None if t is None else t[start : start + batch].to(device)
+                    for key, t in validation.items()}
+            part["clean"] = Stream.as_float(part["clean"])
+            with autocast:  # a consistency loss: that of the last stage, to ECT's target
+                total += loss_of(ema, cfg.steps - 1, visible=None, **part).sum().cpu().double()
+        if world > 1:
+            total = total.to(device)
+            dist.all_reduce(total)
+        log(val_loss=total.item() / n)
+        say(f"step {step}: validation loss {total.item() / n:.4f}")
 
     edges = sample.segment_edges(cfg.cm_segments).to(device, torch.float32)
 
@@ -949,8 +893,8 @@ def main(argv=None):
         return int(number)
 
     # -- the loop ---------------------------------------------------------------------------------
-    log(event="start", config=asdict(cfg), replayed=stream.parts[1][1] / cfg.batch_size,
-        distilled=stream.parts[2][1] / cfg.batch_size)
+    log(event="start", config=asdict(cfg), replayed=stream.n_replayed / cfg.batch_size,
+        distilled=stream.n_distilled / cfg.batch_size)
     bar = tqdm(total=cfg.steps, initial=step, desc=name, disable=rank > 0, unit="step")
     started = saved = time.time()
     first, seen, bad, waited = step, 0, 0, 0.0
@@ -974,12 +918,12 @@ def main(argv=None):
         with autocast:  # around all parts: the weights are cast once a step
             for i in starts:
                 part = {key: None if t is None else t[i : i + micro] for key, t in batch.items()}
-                with nullcontext() if world == 1 or i == starts[-1] else model.no_sync():
-                    weight = part.pop("weight", None)
-                    part = with_teacher(teacher, **part) if teacher else part
-                    part_loss = loss_of(model, step, **part, **shared)
-                    part_loss = (part_loss if weight is None else weight * part_loss).mean()
-                    (part_loss / len(starts)).backward()
+                model.require_backward_grad_sync = i == starts[-1]  # DDP: after the last part alone
+                weight = part.pop("weight", None)
+                part = with_teacher(teacher, **part) if teacher else part
+                part_loss = loss_of(model, step, **part, **shared)
+                part_loss = (part_loss if weight is None else weight * part_loss).mean()
+                (part_loss / len(starts)).backward()
                 loss += part_loss.detach() / len(starts)
         if world > 1:
             dist.all_reduce(loss)
@@ -1047,9 +991,8 @@ def main(argv=None):
         if not save():
             sys.exit(f"{path} could not be written: free some space and run again with --resume")
     if cfg.ewc and (step > first or "fisher" not in (checkpoint or {})):
-        own = task_fisher(cfg, ema.requires_grad_(True), cfg.fisher_batches, device, autocast, rank,
-                          world)  # for the next task: the importance for all tasks until now
-        continual["fisher"] = {n: f + importance[n] for n, f in own.items()}
+        own = fisher_of(cfg, ema.requires_grad_(True), cfg.fisher_batches)
+        continual["fisher"] = {n: f + importance[n] for n, f in own.items()}  # for the next task
         save()
     if world > 1:
         dist.barrier()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import asdict
 from decimal import Decimal, getcontext
 from types import SimpleNamespace
 
@@ -488,7 +489,7 @@ def test_a_checkpoint_is_measured_by_its_samples(measure, net, tmp_path):
     config = model.ModelConfig(image_size=16, dim=32, depth=1, heads=2)
     denoiser = model.Denoiser(config)
     state, path = denoiser.state_dict(), str(tmp_path / "ft.pt")
-    architecture = model.architecture(config)
+    architecture = asdict(config)
     checkpoint = {
         "model": state,
         "ema": state,

@@ -1,6 +1,7 @@
 """The network, the masks, the preconditioning and the loss against formulas and brute force."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -313,7 +314,7 @@ def test_a_checkpoint_comes_back_as_it_was_and_keeps_the_one_before(tmp_path):
     path = str(tmp_path / "ft.pt")
     denoiser = random_denoiser(num_classes=3).float()
     content = dict(model=denoiser.state_dict(), ema=denoiser.state_dict(), config={}, step=1,
-                   architecture=model.architecture(denoiser.config))
+                   architecture=asdict(denoiser.config))
     model.save_checkpoint(path, content)
     model.save_checkpoint(path, content | {"step": 2})
     assert model.load_checkpoint(path)["step"] == 2

@@ -3,6 +3,7 @@
 import json
 import math
 import zipfile
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from scipy.integrate import solve_ivp
 
 import sample
-from model import Denoiser, ModelConfig, architecture, save_checkpoint
+from model import Denoiser, ModelConfig, save_checkpoint
 
 MEAN, STD = 0.3, 0.7  # Gaussian data N(0.3, 0.7^2), each coordinate alone
 
@@ -35,7 +36,7 @@ def make_checkpoint(path, classes=0, **changes):
         torch.nn.init.normal_(p, std=0.1)
     raw = denoiser.state_dict()
     save_checkpoint(str(path), dict(
-        model=raw, ema={k: v * 0.5 for k, v in raw.items()}, architecture=architecture(config),
+        model=raw, ema={k: v * 0.5 for k, v in raw.items()}, architecture=asdict(config),
         config={"class_cond": classes > 0, "label_dropout": 0.1}, step=7, run_id="test", optimizer={}))
     return path
 
