@@ -413,8 +413,8 @@ def with_teacher(teacher, clean, noise, sigma, visible, labels, start, distilled
                 target=target, **others)
 
 
-def validation_set(images, labels, config, seed, levels=(-1.2, 1.2), limit=512):
-    """Whole images, noise levels and noise that depend on the data set and the seed alone.
+def validation_set(images, labels, config, levels=(-1.2, 1.2), limit=512):
+    """Whole images, noise levels and noise that are the same in every run on a data set.
 
     The levels are the quantiles of ln sigma ~ N(mean, std^2): EDM's, whatever the run trains with.
     images: arrays, of which each gives its first limit / len(images).
@@ -425,7 +425,7 @@ def validation_set(images, labels, config, seed, levels=(-1.2, 1.2), limit=512):
                             for start, x in zip(starts, images)])
     pixels = np.concatenate([x[: limit // len(images)] for x in images])
     n, clean = len(index), patchify(torch.from_numpy(pixels), config.patch_size)
-    g = torch.Generator().manual_seed(sample.seed_of(seed, 3))
+    g = torch.Generator().manual_seed(sample.seed_of(0, 3))
     quantile = (torch.randperm(n, generator=g) + 0.5) / n
     sigma = torch.exp(levels[0] + levels[1] * math.sqrt(2) * torch.erfinv(2 * quantile - 1))
     noise = patchify(torch.randn(pixels.shape, generator=g), config.patch_size)
@@ -806,7 +806,7 @@ def main(argv=None):
         model = DistributedDataParallel(denoiser, device_ids=gpu, gradient_as_bucket_view=True,
                                         broadcast_buffers=False)
     levels = (cfg.p_mean, cfg.p_std) if cfg.loss == "consistency" else (-1.2, 1.2)
-    validation = validation_set(val_images, val_labels, config, cfg.seed, levels)
+    validation = validation_set(val_images, val_labels, config, levels)
 
     say("\n".join(f"{key:>14} = {v}" for key, v in asdict(cfg).items() if v is not None))
     size = sum(p.numel() for p in denoiser.parameters()) / 1e6

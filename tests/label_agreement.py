@@ -33,7 +33,7 @@ def classifier(channels, classes, width=32):
 
 
 def as_input(images):
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def fit(images, labels, classes, epochs):

@@ -163,10 +163,10 @@ def test_noise_levels_are_log_normal_and_labels_are_dropped_at_their_rate(labell
     assert np.array_equal(batch["labels"].numpy()[kept], labels[batch["index"]][kept])
 
 
-def test_validation_depends_on_data_and_seed_alone(dataset):
+def test_validation_depends_on_the_data_alone(dataset):
     images = np.load(dataset / "val.npy")
     config = ModelConfig(image_size=16, dim=32, depth=2, heads=2)
-    a, b = (train.validation_set(images, None, config, 0) for _ in range(2))
+    a, b = (train.validation_set(images, None, config) for _ in range(2))
     assert all(torch.equal(a[k], b[k]) for k in ("clean", "noise", "sigma"))
     ln_sigma = a["sigma"].log().sort().values  # the quantiles of N(-1.2, 1.2^2)
     quantiles = torch.distributions.Normal(-1.2, 1.2).icdf((torch.arange(8) + 0.5) / 8)
