@@ -406,7 +406,8 @@ def main(argv=None):
     if suffix == ".png":
         if rank == 0:
             made = tqdm(batches(range(args.num)), "sampling", -(-args.num // args.batch_size))
-            save_grid(args.out, np.concatenate([images for _, images in made]))
+            columns = len(labels) if 1 < len(labels) <= 20 else None  # one for each class
+            save_grid(args.out, np.concatenate([images for _, images in made]), columns)
     else:
         describe = dict(settings, num=args.num, batch_size=args.batch_size, weights=args.weights,
                         dtype=args.dtype, step=checkpoint["step"], run=checkpoint.get("run_id"),
