@@ -9,7 +9,7 @@ of train.py), from scratch or from the checkpoint of another row, and ways of sa
 is first run for a few steps to see how many fit into its time. --minutes is the whole call, of
 which about two thirds are training; --each gives the training time of a row instead. Judged are the
 validation loss on whole images and --num samples: random-feature Frechet distance to the training
-set and, in some claims, KID to its first --num images. What is finished lies in OUT/CLAIM.json and
+set; in some claims this and KID to its first --num images. What is finished lies in OUT/CLAIM.json and
 is not run again, so an interrupted call goes on; OUT holds one comparison, of one data set.
 """
 
@@ -170,12 +170,11 @@ def distances(checkpoint, name, flags, on, args, log):
     call("sample.py", "--ckpt", checkpoint, f"--num={args.num}", *flags, "--out", f"{name}.npz", log=log)
     with np.load(f"{name}.npz") as images:
         sample.save_grid(f"{name}.png", images["arr_0"][:64])
-    judge = ("--features=random", "--json")
-    found = dict(fd=last_json(call("fid.py", reference(on, args), f"{name}.npz", *judge, log=log)[0])["random_fd"])
-    if CLAIMS[args.claim].get("kid"):
-        found["kid"] = last_json(call("fid.py", f"{args.out}/{on}", f"{name}.npz", "--metrics=kid",
-                                      f"--num={args.num}", *judge, log=log)[0])["kid"]
-    return found
+    real, how = reference(on, args), []
+    if CLAIMS[args.claim].get("kid"):  # which needs the images themselves
+        real, how = data_set(on, args), ["--metrics=fid,kid", f"--num={args.num}"]
+    found = last_json(call("fid.py", real, f"{name}.npz", "--features=random", "--json", *how, log=log)[0])
+    return dict(fd=found["random_fd"], **{k: found[k] for k in ("kid",) if k in found})
 
 
 # ---------------------------------------------------------------------------------------------
