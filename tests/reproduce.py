@@ -170,9 +170,9 @@ def distances(checkpoint, name, flags, on, args, log):
     call("sample.py", "--ckpt", checkpoint, f"--num={args.num}", *flags, "--out", f"{name}.npz", log=log)
     with np.load(f"{name}.npz") as images:
         sample.save_grid(f"{name}.png", images["arr_0"][:64])
-    real, how = reference(on, args), []
-    if CLAIMS[args.claim].get("kid"):  # which needs the images themselves
-        real, how = data_set(on, args), ["--metrics=fid,kid", f"--num={args.num}"]
+    kid = CLAIMS[args.claim].get("kid")  # which needs the images themselves
+    real = data_set(on, args) if kid else reference(on, args)
+    how = ["--metrics=fid,kid", f"--num={args.num}"] if kid else []
     found = last_json(call("fid.py", real, f"{name}.npz", "--features=random", "--json", *how, log=log)[0])
     return dict(fd=found["random_fd"], **{k: found[k] for k in ("kid",) if k in found})
 
