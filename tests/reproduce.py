@@ -264,8 +264,10 @@ def both(values):
 
 
 def table(results):
-    lines = ["| way | samples | validation loss | random-feature FD | KID | images/s by stage | steps | seconds "
-             "| peak memory, GB |", "|---|---|---|---|---|---|---|---|---|"]
+    kid = any("kid" in d for r in results for d in r["drawn"])
+    heads = ["way", "samples", "validation loss", "random-feature FD", *["KID"] * kid, "images/s by stage", "steps",
+             "seconds", "peak memory, GB"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in dict.fromkeys(r["row"] for r in results):
         rows = [r for r in results if r["row"] == name]
         stages = list(zip(*(r["stages"] for r in rows)))
@@ -274,11 +276,11 @@ def table(results):
             return ", ".join(form.format(statistics.mean(s[key] for s in stage)) for stage in stages)
 
         for drawn in zip(*(r["drawn"] for r in rows)):
-            lines.append(
-                f"| {name} | {drawn[0]['flags'].replace('--', '')} | {both([r['val_loss'] for r in rows])} "
-                f"| {both([d['fd'] for d in drawn])} | {both([d.get('kid') for d in drawn])} "
-                f"| {each('images_per_s', '{:.0f}')} | {each('steps', '{:.0f}')} | {each('seconds', '{:.0f}')} "
-                f"| {each('peak_gb', '{:.2f}')} |")
+            cells = [name, drawn[0]["flags"].replace("--", ""), both([r["val_loss"] for r in rows]),
+                     both([d["fd"] for d in drawn]), *[both([d.get("kid") for d in drawn])] * kid,
+                     each("images_per_s", "{:.0f}"), each("steps", "{:.0f}"), each("seconds", "{:.0f}"),
+                     each("peak_gb", "{:.2f}")]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
