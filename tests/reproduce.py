@@ -145,9 +145,9 @@ def train_for(seconds, out_dir, flags, log, curve=False):
     flags = [*flags, f"--out_dir={out_dir}", "--log_every=10"]
     trial = out_dir / "trial"
     # All of the trial but its first steps counts, because the steps of a mask schedule differ.
-    call("train.py", *flags, "--eval_every=0", f"--out_dir={trial}", "--steps=42", "--log_every=2", log=log)
+    call("train.py", *flags, "--eval_every=0", f"--out_dir={trial}", "--steps=102", "--log_every=2", log=log)
     timed = {r["step"]: r["seconds"] for r in records(trial) if "seconds" in r}
-    steps = max(10, round(40 * seconds / (timed[42] - timed[2])))
+    steps = max(10, round(100 * seconds / (timed[102] - timed[2])))
     every = max(10, steps // 60 * 10) if curve else 0  # six times
     begun = time.time()
     _, memory = call("train.py", *flags, f"--steps={steps}", f"--eval_every={every}", f"--keep_every={3 * every}",
