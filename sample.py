@@ -406,7 +406,9 @@ def main(argv=None):
     if suffix == ".png":
         if rank == 0:
             made = tqdm(batches(range(args.num)), "sampling", -(-args.num // args.batch_size))
-            columns = len(labels) if 1 < len(labels) <= 20 else None  # one for each class
+            columns = None
+            if 1 < len(labels) <= 20:  # a column is of one class, the picture about square
+                columns = len(labels) * max(1, round(args.num**0.5 / len(labels)))
             save_grid(args.out, np.concatenate([images for _, images in made]), columns)
     else:
         describe = dict(settings, num=args.num, batch_size=args.batch_size, weights=args.weights,
