@@ -61,7 +61,7 @@ class Config:
     resume: str | None = setting(None, "go on with the last run; 'auto': if there is one")
     # masking
     mask_ratio: float = setting(0.0, "share of the patches hidden; > 0 is stage 1", low=0, below=1)
-    mask_ratio_end: float | None = setting(None, "share at the end (the same)", low=0, below=1)
+    mask_ratio_end: float | None = setting(None, "share at the end, if another", low=0, below=1)
     mask_schedule: str = setting("cosine4", "way from the one to the other; cosineK: cos(pi/2 x)^K",
                                  choices=("linear", "cosine", "cosine2", "cosine4"))
     mask_type: str = setting("block", "what is hidden", choices=("patch", "block", "crop"))
@@ -197,7 +197,7 @@ def resolve(given, previous, device):
     if cfg.compile is None:
         cfg.compile = device.type == "cuda"
     if cfg.loss == "consistency" and cfg.cm_stage_length is None:
-        stages = max(1, round(8 / math.log2(max(cfg.cm_q, 1.1))))  # the gap ends at 1/256, as ECT's
+        stages = max(1, round(8 / math.log2(max(1.1, cfg.cm_q))))  # the gap ends at 1/256, as ECT's
         cfg.cm_stage_length = max(1, math.ceil(cfg.steps / stages))
     reporting = {"eval_only", "ckpt", "data", "out_dir", "seed", "device", "dtype"}
     cm = {f.name for f in fields(Config) if f.name.startswith("cm_")}
@@ -236,7 +236,7 @@ def check(cfg):
             sys.exit(f"--{f.name} is {value}, expected at least {low}{top}")
     if cfg.loss == "consistency":
         stages = math.ceil(cfg.steps / cfg.cm_stage_length)
-        if cfg.cm_q <= 1 or stages * math.log2(cfg.cm_q) > 20:
+        if not cfg.cm_q > 1 or stages * math.log2(cfg.cm_q) > 20:
             sys.exit(f"--cm_q is {cfg.cm_q} in {stages} stages, expected more than 1, and in all "
                      "less than 2^20 (float32 tells no closer noise levels apart): give a longer "
                      "--cm_stage_length")

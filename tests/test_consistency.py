@@ -295,6 +295,7 @@ def test_mistakes_get_a_sentence(dataset, tmp_path):
     tune = [*args, *TINY[4:], "--loss=consistency", f"--init_from={tmp_path}/ft.pt"]
     assert "cm_q" in mistake(train.main, *tune, "--cm_q=1")
     assert "cm_stage_length" in mistake(train.main, *tune, "--cm_stage_length=1", "--steps=100")
+    assert "--cm_q is nan" in mistake(train.main, *tune, "--cm_q=nan")
     assert "does nothing without --loss=consistency" in mistake(train.main, *args, *TINY, "--ref_batch=9")
     assert "does nothing without --decoder_depth" in mistake(train.main, *args, *TINY, "--mae_weight=1")
     assert "does nothing without --mask_ratio_end" in mistake(train.main, *args, *TINY, "--mask_schedule=linear")
