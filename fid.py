@@ -194,18 +194,23 @@ def load_stats(path):
         mu, sigma = np.float64(f["mu"]), np.float64(f["sigma"])
         kinds = {"n": int, "net": str, "image_size": str}  # not in other tools' files
         more = {k: kind(f[k].item()) for k, kind in kinds.items() if k in f}
+        features = torch.from_numpy(np.float32(f["features"])) if "features" in f else None
     if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not np.isfinite(sigma.sum() + mu.sum()):
         raise ValueError(f"mu {mu.shape} and sigma {sigma.shape}, expected finite (D,) and (D, D)")
     if not re.fullmatch(f"(({'|'.join(LABELS)}) [0-9a-f]+)?", more.get("net", "")):
         raise ValueError(f"features of {more['net']!r}")
     if more.get("n", 0) < 0:
         raise ValueError(f"{more['n']} images")
-    return {"mu": mu, "sigma": sigma, **more}
+    if features is not None and features.shape != (more.get("n"), len(mu)):
+        raise ValueError(f"features {tuple(features.shape)} of {more.get('n')} images")
+    return {"mu": mu, "sigma": sigma, "features": features, **more}
 
 
 def save_stats(path, source):
     """An .npz that pytorch-fid and EDM read too (mu, sigma), written whole or not at all."""
     saved = {k: getattr(source, k) for k in ("mu", "sigma", "n", "net", "image_size")}
+    if source.features is not None:
+        saved["features"] = source.features.numpy()
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".") as folder:
         np.savez(os.path.join(folder, "stats.npz"), **saved)
@@ -384,7 +389,7 @@ def parse(argv):
     add("--num", type=int, help="first so many images of each source (a checkpoint draws 10,000)")
     add("--split", choices=("train", "val"), default="train", help="of a prepared folder")
     add("--json", action="store_true", help="one JSON object as the last line of stdout")
-    add("--stats", help="save mu and sigma of A in this .npz")
+    add("--stats", help="save mu and sigma of A in this .npz, for kid and pr also its features")
     add("--batch_size", type=int, default=32)
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: float32")
@@ -425,8 +430,8 @@ def main(argv=None):
         dist.init_process_group("gloo")  # only results travel
     sources = [open_source(path, args) for path in (args.a, args.b) if path]
     todo = [s for s in sources if s.mu is None]
-    if args.keep and len(todo) < len(sources):
-        sys.exit("kid and pr need images, but a source holds statistics: use --metrics fid")
+    if args.keep and any(s.features is None for s in sources if s not in todo):
+        sys.exit("kid and pr need images, or statistics made with them: use --metrics fid")
     net = load_features(args) if todo else None
     for source in todo:
         try:

@@ -36,12 +36,16 @@ from PIL import Image, ImageDraw
 import sample
 
 DECODER = ["--decoder_depth=2", "--decoder_dim=64", "--decoder_heads=2"]
+KID = ["--metrics=fid,kid"]
 QUIET = ["--sample_every=0", "--save_every=0"]
 
 
-def row(*stages, start=None, time=1, on="data", draw=(["--steps=10"],), curve=False):
-    """A way of training: stages (share of its time, flags) on a data set, for `time` units."""
-    return dict(stages=stages, start=start, time=time, on=on, draw=draw, curve=curve)
+def row(*stages, start=None, time=1, on="data", draw=(["--steps=10"],), curve=False, once=False):
+    """A way of training: stages (share of its time, flags) on a data set, for `time` units.
+
+    once: with seed 0 only, and rows of all seeds start from that.
+    """
+    return dict(stages=stages, start=start, time=time, on=on, draw=draw, curve=curve, once=once)
 
 
 def masked(ratio, *flags, kind="patch"):
@@ -93,7 +97,7 @@ CLAIMS = {
         "sparse-dense 0.75": row((0.5, ["--depth=5", "--dense_depth=1", "--decoder_depth=1", *masked(0.75)]), WHOLE)}),
     # One diffusion model, tuned in several ways, each for the time that it took itself.
     "consistency": dict(network=DEMO, kid=True, rows={
-        "diffusion": row((0.5, masked(0.75)), WHOLE, draw=[["--steps=18"]] + [
+        "diffusion": row((0.5, masked(0.75)), WHOLE, once=True, draw=[["--steps=18"]] + [
             ["--sampler=euler", f"--steps={n}"] for n in (1, 2, 4, 8)]),
         **{name: row((1, ["--loss=consistency", *flags]), start="diffusion", draw=(["--steps=1"], ["--steps=2"]))
            for name, flags in {
@@ -170,10 +174,8 @@ def distances(checkpoint, name, flags, on, args, log):
     call("sample.py", "--ckpt", checkpoint, f"--num={args.num}", *flags, "--out", f"{name}.npz", log=log)
     with np.load(f"{name}.npz") as images:
         sample.save_grid(f"{name}.png", images["arr_0"][:64])
-    kid = CLAIMS[args.claim].get("kid")  # which needs the images themselves
-    real = data_set(on, args) if kid else reference(on, args)
-    how = ["--metrics=fid,kid", f"--num={args.num}"] if kid else []
-    found = last_json(call("fid.py", real, f"{name}.npz", "--features=random", "--json", *how, log=log)[0])
+    found = last_json(call("fid.py", reference(on, args), f"{name}.npz", "--features=random", "--json",
+                           *(KID if CLAIMS[args.claim].get("kid") else []), log=log)[0])
     return dict(fd=found["random_fd"], **{k: found[k] for k in ("kid",) if k in found})
 
 
@@ -210,15 +212,17 @@ def data_set(on, args):
 
 
 def reference(on, args):
-    """Statistics of the training images that samples are compared with."""
+    """Statistics of the training images that samples are compared with; for KID, of the first --num."""
     on = "other" if on == "few" else on
     path = Path(args.out, f"reference-{on}.npz")
     if not path.exists():
-        call("fid.py", data_set(on, args), "--features=random", "--stats", path, log=args.out + "/output.txt")
+        how = [*KID, f"--num={args.num}"] if CLAIMS[args.claim].get("kid") else []
+        call("fid.py", data_set(on, args), "--features=random", "--stats", path, *how, log=args.out + "/output.txt")
     return path
 
 
 def folder_of(args, name, seed):
+    seed = 0 if CLAIMS[args.claim]["rows"][name]["once"] else seed
     return Path(args.out) / args.claim / f"{name.replace(' ', '-').replace(',', '').replace('/', '-')}-{seed}"
 
 
@@ -282,6 +286,17 @@ def table(results):
                      each("peak_gb", "{:.2f}")]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def picture(args, results):
+    """OUT/CLAIM-samples.png: ten samples of seed 0, a line for each line of the table, from the same noise."""
+    lines = []
+    for name, flags in ((r["row"], flags) for r in results if r["seed"] == 0 for flags in CLAIMS[args.claim][
+            "rows"][r["row"]]["draw"]):
+        with np.load(folder_of(args, name, 0) / f"samples{''.join(flags)}.npz") as images:
+            lines.append(images["arr_0"][:10])
+    if lines:
+        sample.save_grid(f"{args.out}/{args.claim}-samples.png", np.concatenate(lines), columns=len(lines[0]))
 
 
 def points(result, key):
@@ -376,7 +391,7 @@ def main():
     results = stored["results"]
     failed = []
     for seed, name in itertools.product(range(args.seeds), rows):
-        if any((r["row"], r["seed"]) == (name, seed) for r in results):
+        if (seed and rows[name]["once"]) or any((r["row"], r["seed"]) == (name, seed) for r in results):
             continue
         try:
             results.append(run_row(name, seed, args))
@@ -387,6 +402,7 @@ def main():
         print(f"{name}, seed {seed}: validation loss {results[-1]['val_loss']}, random-feature FD "
               + ", ".join(f"{d['fd']:.4g}" for d in results[-1]["drawn"]), file=sys.stderr, flush=True)
     print(table(results))
+    picture(args, results)
     if any(way["curve"] for way in rows.values()):
         print("\n" + time_ratios(results))
         for key, title in (("curve", "validation loss"), ("fd_curve", "random-feature Frechet distance")):

@@ -441,6 +441,17 @@ def test_saved_statistics_have_the_common_layout_and_replace_the_images(measure,
     assert [p.name for p in tmp_path.glob("tmp*")] == []
 
 
+def test_statistics_made_with_kid_hold_the_features_that_it_needs(measure, net, tmp_path):
+    a, b = npz(tmp_path / "a.npz", images()), npz(tmp_path / "b.npz", images(seed=1))
+    how = ["--features", net, "--metrics=fid,kid,pr"]
+    measure(a, "--stats", tmp_path / "stats.npz", *how)
+    with np.load(tmp_path / "stats.npz") as f:
+        np.testing.assert_allclose(f["features"], features(images()), rtol=1e-6)
+    expected, found = measure(a, b, *how), measure(tmp_path / "stats.npz", b, *how)
+    for key in ("fd", "kid", "kid_se", "precision", "recall"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-9)
+
+
 def test_two_files_of_statistics_need_no_network(measure, tmp_path):
     np.savez(tmp_path / "a.npz", mu=np.zeros(3), sigma=np.eye(3))
     np.savez(tmp_path / "b.npz", mu=np.ones(3), sigma=4 * np.eye(3))
@@ -528,6 +539,7 @@ def bad_cases(tmp_path, net):
     good = npz(tmp_path / "good.npz", images())
     np.savez(tmp_path / "three.npz", mu=np.zeros(3), sigma=np.eye(3))
     np.savez(tmp_path / "square.npz", mu=np.zeros(3), sigma=np.eye(4))
+    np.savez(tmp_path / "features.npz", mu=np.zeros(3), sigma=np.eye(3), n=4, features=np.zeros((2, 3)))
     np.savez(tmp_path / "nan.npz", mu=np.zeros(3), sigma=np.full((3, 3), np.nan))
     np.savez(
         tmp_path / "random.npz", mu=np.zeros(12), sigma=np.eye(12), net="random_fd " + 64 * "0", n=9
@@ -553,6 +565,7 @@ def bad_cases(tmp_path, net):
         "other dimensions": ([tmp_path / "three.npz", good, *jit], "differ"),
         "another network": ([tmp_path / "random.npz", good, *jit], "differ"),
         "sigma of another size": ([tmp_path / "square.npz", good, *jit], "(3,)"),
+        "other features": ([tmp_path / "features.npz", good, *jit], "features (2, 3)"),
         "NaN statistics": ([tmp_path / "nan.npz", good, *jit], "finite"),
         "object arrays": ([tmp_path / "object.npz", good, *jit], "object.npz"),
         "float images": ([good, tmp_path / "floats.npz", *jit], "floats.npz"),

@@ -59,6 +59,12 @@ def test_forgetting_is_the_last_distance_less_the_best():
     assert line.count("+0.5000") == 10 and line.endswith("| -0.1000 | +4 |")
 
 
+def test_a_row_that_runs_once_is_where_all_seeds_start():
+    args = type("Args", (), dict(out="out", claim="consistency"))
+    assert reproduce.folder_of(args, "diffusion", 1) == reproduce.folder_of(args, "diffusion", 0)
+    assert reproduce.folder_of(args, "ECT", 1) != reproduce.folder_of(args, "ECT", 0)
+
+
 def test_a_tenth_of_a_set_is_a_set_with_the_same_validation_images(tmp_path):
     other = make_dataset(tmp_path / "source", n=40, classes=4)
     (tmp_path / "other").symlink_to(other)
@@ -85,6 +91,8 @@ def test_a_claim_runs_from_data_to_table_and_is_not_run_again(tmp_path):
     assert len(two["stages"]) == 2 and two["minutes"] == pytest.approx(0.01) and str(tmp_path) not in json.dumps(stored)
     times = [t for t, _ in reproduce.points(two, "curve")]
     assert times == sorted(times) and len(times) > 2 and all(math.isfinite(v) for _, v in two["stages"][0]["curve"])
+    with Image.open(tmp_path / "out/speedup-samples.png") as lines:
+        assert lines.height < lines.width  # two lines of eight samples
     assert (tmp_path / "out/speedup-fd_curve.png").exists() and "times faster" in first.stdout
     again = run(*command)
     assert again.stdout == first.stdout and "from scratch, seed" not in again.stderr
