@@ -85,7 +85,8 @@ class Config:
     cm_q: float = setting(2.0, "the gap 1 - r/t of a pair of noise levels shrinks so much a stage")
     cm_k: float = setting(8.0, "how much wider the gap is at low noise; 0: alike", low=0)
     cm_b: float = setting(1.0, "how fast that falls with the noise level", low=0)
-    cm_stage_length: int | None = setting(None, "steps of a stage; default: gap to 1/256", low=1)
+    cm_gap: float | None = setting(None, "that gap in the last stage", low=2**-20, below=1)
+    cm_stage_length: int | None = setting(None, "steps of a stage; default: by cm_gap", low=1)
     cm_smooth: bool = setting(False, "close the pairs in every step rather than by stages")
     cm_c: float = setting(0.0, "constant of the pseudo-Huber distance", low=0)
     cm_weight: str = setting("gap", "1/(t - r), or 1/t^2 + 1/sigma_data^2", choices=("gap", "edm"))
@@ -152,14 +153,15 @@ DEFAULTS = {
                      lr_schedule="constant", eval_every=500, sample_every=0, save_every=500),
     ("cpu", 2): dict(preset="demo", batch_size=16, steps=1200, lr=2e-3, beta1=0.9,
                      lr_schedule="cosine", eval_every=400, sample_every=400, save_every=400),
-    ("cpu", 3): dict(preset="demo", batch_size=32, steps=1200, lr=1e-3, beta1=0.9,
-                     lr_schedule="constant", eval_every=400, sample_every=400, save_every=400),
+    ("cpu", 3): dict(preset="demo", batch_size=32, steps=1200, lr=2e-3, beta1=0.9, cm_gap=1 / 16,
+                     lr_schedule="cosine", eval_every=400, sample_every=400, save_every=400),
     ("gpu", 1): dict(preset="maskdm-64", batch_size=256, steps=100_000, lr=2e-4, beta1=0.99,
                      lr_schedule="constant", eval_every=2000, sample_every=0, save_every=2000),
     ("gpu", 2): dict(preset="maskdm-64", batch_size=128, steps=100_000, lr=2e-4, beta1=0.99,
                      lr_schedule="constant", eval_every=2000, sample_every=5000, save_every=2000),
     ("gpu", 3): dict(preset="maskdm-64", batch_size=128, steps=200_000, lr=1e-4, beta1=0.9,
-                     lr_schedule="constant", eval_every=2000, sample_every=5000, save_every=2000),
+                     lr_schedule="constant", eval_every=2000, sample_every=5000, save_every=2000,
+                     cm_gap=1 / 256),
 }
 DECODER = ("decoder_depth", "decoder_dim", "decoder_heads", "dense_depth")
 ARCHITECTURE = ("dim", "depth", "heads", "patch_size", *DECODER)  # a checkpoint decides these
@@ -197,7 +199,8 @@ def resolve(given, previous, device):
     if cfg.compile is None:
         cfg.compile = device.type == "cuda"
     if cfg.loss == "consistency" and cfg.cm_stage_length is None:
-        stages = max(1, round(8 / math.log2(max(1.1, cfg.cm_q))))  # the gap ends at 1/256, as ECT's
+        halvings = -math.log2(max(1e-6, cfg.cm_gap))
+        stages = max(1, round(halvings / math.log2(max(1.1, cfg.cm_q))))
         cfg.cm_stage_length = max(1, math.ceil(cfg.steps / stages))
     reporting = {"eval_only", "ckpt", "data", "out_dir", "seed", "device", "dtype"}
     cm = {f.name for f in fields(Config) if f.name.startswith("cm_")}
@@ -206,6 +209,7 @@ def resolve(given, previous, device):
         ("with --eval_only", cfg.eval_only, set(given) - reporting),
         ("without --eval_only", not cfg.eval_only, {"ckpt"}),
         ("without --loss=consistency", cfg.loss != "consistency", cm | {"ref_batch"}),
+        ("with --cm_stage_length", "cm_stage_length" in given, {"cm_gap"}),
         ("without --decoder_depth", not decoder, {"decoder_dim", "decoder_heads", "mae_weight"}),
         ("without --mask_ratio_end", cfg.mask_ratio_end is None, {"mask_schedule"}),
         ("without --replay", not cfg.replay, {"replay_coef", "replay_buffer"}),
@@ -606,15 +610,15 @@ def load_initial(denoiser, weights, path, say):
     denoiser.load_state_dict(mine | {n: weights[n] for n in fits})
 
 
-def pick_dtype(name, device, loss="diffusion"):
+def pick_dtype(name, device, gap=1.0):
     """auto: bfloat16 where the processor multiplies in it, else float32.
 
-    But float32 for a consistency loss: it is the difference of two answers that are nearly equal,
-    and in the last stages bfloat16's rounding is larger than that.
+    But float32 for a consistency loss of pairs that get closer than 1/16: it is the difference of
+    two answers that are nearly equal, and bfloat16's rounding is then larger than that.
     """
     if name != "auto":
         return getattr(torch, name)
-    if loss == "consistency":
+    if gap < 1 / 16:
         return torch.float32
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -686,9 +690,12 @@ def main(argv=None):
         start = load_checkpoint(given["init_from"])
     cfg = resolve(given, previous, device)
     check(cfg)
+    gap = 1.0  # between the noise levels of a consistency loss, at the end
+    if cfg.loss == "consistency":
+        gap = cfg.cm_q ** -math.ceil(cfg.steps / cfg.cm_stage_length)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        precise = cfg.loss == "consistency"  # see pick_dtype
+        precise = gap < 1 / 16  # see pick_dtype
         torch.set_float32_matmul_precision("highest" if precise else "high")
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -699,7 +706,7 @@ def main(argv=None):
     if world > 1:
         dist.barrier()
 
-    dtype = pick_dtype(cfg.dtype, device, cfg.loss)
+    dtype = pick_dtype(cfg.dtype, device, gap)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if cfg.eval_only:
         if rank == 0:
@@ -815,7 +822,7 @@ def main(argv=None):
         f"{1 - counts[0] / config.grid**2:.4g}); writing {path}")
     if cfg.loss == "consistency":
         stages = math.ceil(cfg.steps / cfg.cm_stage_length)
-        say(f"{stages} stages, to a gap 1 - r/t of {cfg.cm_q**-stages:.3g} at high noise levels")
+        say(f"{stages} stages, to a gap 1 - r/t of {gap:.3g} at high noise levels")
     for what, (pool, n, coef) in zip(("replayed", "distilled"), stream.parts[1:]):
         if n:
             say(f"{n} of {cfg.batch_size} images of a batch are {what}, with coefficient {coef}"

@@ -196,7 +196,7 @@ def tuning(case):
     cfg = train.Config(batch_size=case["batch"], loss="consistency", steps=8, cm_stage_length=1,
                        ref_batch=case["references"])
     denoiser = model.Denoiser(config).to(DEVICE)
-    dtype = train.pick_dtype("auto", DEVICE, "consistency")
+    dtype = train.pick_dtype("auto", DEVICE, 2**-8)
     with tempfile.TemporaryDirectory() as folder:
         stream = train.Stream(random_set(folder, 8192, case["size"]), None, cfg, config, DEVICE)
         batch = stream.load(4)

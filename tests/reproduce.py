@@ -43,7 +43,7 @@ QUIET = ["--sample_every=0", "--save_every=0"]
 def row(*stages, start=None, time=1, on="data", draw=(["--steps=10"],), curve=False, once=False):
     """A way of training: stages (share of its time, flags) on a data set, for `time` units.
 
-    once: with seed 0 only, and rows of all seeds start from that.
+    once: with seed 0 only, and rows of all seeds start from that; or from --start in place of it.
     """
     return dict(stages=stages, start=start, time=time, on=on, draw=draw, curve=curve, once=once)
 
@@ -231,9 +231,10 @@ def run_row(name, seed, args):
     shutil.rmtree(out_dir, ignore_errors=True)
     out_dir.mkdir(parents=True)
     way, log, stages, before = claim["rows"][name], out_dir / "output.txt", [], 0
-    checkpoint = folder_of(args, way["start"], seed) / "final.pt" if way["start"] else None
+    ready = way["once"] and args.start
+    checkpoint = ready or (folder_of(args, way["start"], seed) / "final.pt" if way["start"] else None)
     network = claim["network"] + ([f"--patch_size={args.patch_size}"] if args.patch_size else [])
-    for i, (share, flags) in enumerate(way["stages"]):  # the network comes with a checkpoint
+    for i, (share, flags) in enumerate(() if ready else way["stages"]):  # the network comes with a checkpoint
         start = [f"--init_from={checkpoint}"] if checkpoint else network
         checkpoint, facts = train_for(args.unit * way["time"] * share, out_dir / f"stage{i + 1}", [
             f"--data={data_set(way['on'], args)}", f"--seed={seed}", *QUIET, *start, *flags], log, way["curve"])
@@ -252,7 +253,7 @@ def run_row(name, seed, args):
         shutil.rmtree(big)
     tuned = "--loss=consistency" in way["stages"][-1][1]  # its validation loss is another thing
     return dict(row=name, seed=seed, minutes=args.unit * way["time"] / 60, stages=stages, drawn=drawn,
-                val_loss=None if tuned else stages[-1]["val_loss"], **where_from())
+                val_loss=None if tuned or ready else stages[-1]["val_loss"], **where_from())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -367,6 +368,7 @@ def main():
     parser.add_argument("claim", choices=CLAIMS)
     parser.add_argument("--data", default="data/faces", help="prepared set, or anything that prepare_data.py reads")
     parser.add_argument("--other", help="the set that transfer goes to")
+    parser.add_argument("--start", help="a trained diffusion model, for consistency to tune")
     parser.add_argument("--size", type=int, help="pixels a side, for images that are not prepared")
     parser.add_argument("--patch_size", type=int, help="another one than the claim's")
     parser.add_argument("--minutes", type=float, default=40, help="of the whole call")
@@ -375,16 +377,19 @@ def main():
     parser.add_argument("--num", type=int, default=500, help="samples of each Frechet distance")
     parser.add_argument("--out", help="default: out/reproduce/CLAIM-DATA")
     args = parser.parse_args()
+    if args.start and not os.path.isfile(args.start):
+        sys.exit(f"no checkpoint at {args.start}: train one, or leave --start out")
     args.out = os.path.abspath(args.out or f"out/reproduce/{args.claim}-{Path(args.data).stem}")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     rows = CLAIMS[args.claim]["rows"]
     args.unit = 60 * (args.each or 2 / 3 * args.minutes / args.seeds / sum(r["time"] for r in rows.values()))
     about = dict(claim=args.claim, data=Path(args.data).name, other=args.other and Path(args.other).name,
-                 size=args.size, patch_size=args.patch_size, num=args.num, minutes=args.unit / 60)
+                 start=args.start and Path(args.start).name, size=args.size, patch_size=args.patch_size,
+                 num=args.num, minutes=args.unit / 60)
     done = Path(args.out, args.claim + ".json")
     stored = json.loads(done.read_text()) if done.exists() else dict(about, results=[])
-    if differ := [k for k in about if stored[k] != about[k]]:
-        sys.exit(f"{done} has results with other {differ[0]} ({stored[differ[0]]}): give another --out")
+    if differ := [k for k in about if stored.get(k) != about[k]]:
+        sys.exit(f"{done} has results with other {differ[0]} ({stored.get(differ[0])}): give another --out")
     data_set("data", args)
     stored["command"] = " ".join(["python tests/reproduce.py", *(
         Path(a).name if os.path.sep in a else a for a in sys.argv[1:] if not a.startswith("--out"))])

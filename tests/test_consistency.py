@@ -235,10 +235,20 @@ def test_tuning_runs_resumes_and_is_sampled_by_the_right_rule(labelled, tmp_path
     assert math.isfinite([r["val_loss"] for r in lines if r["run"] == "cm" and "val_loss" in r][-1])
 
 
-def test_tuning_is_in_float32_unless_asked_otherwise():
+def test_tuning_to_close_pairs_is_in_float32_unless_asked_otherwise():
     cpu = torch.device("cpu")
-    assert train.pick_dtype("auto", cpu, "consistency") is torch.float32
-    assert train.pick_dtype("bfloat16", cpu, "consistency") is torch.bfloat16
+    assert train.pick_dtype("auto", cpu, 1 / 256) is torch.float32
+    assert train.pick_dtype("bfloat16", cpu, 1 / 256) is torch.bfloat16
+    assert train.pick_dtype("auto", cpu, 1 / 16) is train.pick_dtype("auto", cpu)
+
+
+@pytest.mark.parametrize("gap, q, stages", [(1 / 256, 2, 8), (1 / 256, 4, 4), (1 / 16, 2, 4), (1 / 16, 256, 1)])
+def test_stages_end_at_the_gap_asked_for(gap, q, stages):
+    cfg = train.resolve(dict(loss="consistency", cm_gap=gap, cm_q=float(q), steps=800), {}, torch.device("cpu"))
+    assert cfg.cm_stage_length == 800 // stages
+    t = torch.tensor([1e4])  # where the sigmoid is nothing
+    r = consistency_step(t, 799 // cfg.cm_stage_length, q, 8, 1)
+    assert 1 - r.item() / 1e4 == pytest.approx(q**-stages, rel=1e-3)
 
 
 def test_two_processes_tune_like_one(labelled, tmp_path):
@@ -295,6 +305,8 @@ def test_mistakes_get_a_sentence(dataset, tmp_path):
     tune = [*args, *TINY[4:], "--loss=consistency", f"--init_from={tmp_path}/ft.pt"]
     assert "cm_q" in mistake(train.main, *tune, "--cm_q=1")
     assert "cm_stage_length" in mistake(train.main, *tune, "--cm_stage_length=1", "--steps=100")
+    assert "--cm_gap is 0.0" in mistake(train.main, *tune, "--cm_gap=0")
+    assert "does nothing with --cm_stage_length" in mistake(train.main, *tune, "--cm_gap=0.1", "--cm_stage_length=1")
     assert "--cm_q is nan" in mistake(train.main, *tune, "--cm_q=nan")
     assert "does nothing without --loss=consistency" in mistake(train.main, *args, *TINY, "--ref_batch=9")
     assert "does nothing without --decoder_depth" in mistake(train.main, *args, *TINY, "--mae_weight=1")

@@ -65,6 +65,18 @@ def test_a_row_that_runs_once_is_where_all_seeds_start():
     assert reproduce.folder_of(args, "ECT", 1) != reproduce.folder_of(args, "ECT", 0)
 
 
+def test_a_trained_model_stands_in_for_the_shared_start(tmp_path, monkeypatch):
+    (tmp_path / "ft.pt").write_bytes(b"weights")
+    args = type("Args", (), dict(out=str(tmp_path), claim="consistency", start=str(tmp_path / "ft.pt"), unit=60,
+                                 patch_size=None))
+    judged = []
+    monkeypatch.setattr(reproduce, "distances", lambda checkpoint, *_: judged.append(checkpoint) or dict(fd=1.0))
+    row = reproduce.run_row("diffusion", 0, args)
+    assert set(judged) == {args.start} and row["stages"] == [] and [d["fd"] for d in row["drawn"]] == [1.0] * 5
+    assert (reproduce.folder_of(args, "diffusion", 1) / "final.pt").read_bytes() == b"weights"
+    assert "| diffusion | steps=18 |" in reproduce.table([row])
+
+
 def test_a_tenth_of_a_set_is_a_set_with_the_same_validation_images(tmp_path):
     other = make_dataset(tmp_path / "source", n=40, classes=4)
     (tmp_path / "other").symlink_to(other)
