@@ -140,18 +140,19 @@ def records(folder):
     return [r for r in map(json.loads, open(folder / "log.jsonl")) if "images_per_s" in r or "val_loss" in r]
 
 
-def train_for(seconds, out_dir, flags, log, curve=False):
-    """Train for a given time; returns (checkpoint, facts).
+def train_for(seconds, out_dir, flags, log, curve=False, steps=None):
+    """Train for a given time, or so many steps; returns (checkpoint, facts).
 
     With curve=True the facts have points [seconds of training, validation loss], and the checkpoint
     kept in the middle.
     """
     flags = [*flags, f"--out_dir={out_dir}", "--log_every=10"]
-    trial = out_dir / "trial"
-    # All of the trial but its first steps counts, because the steps of a mask schedule differ.
-    call("train.py", *flags, "--eval_every=0", f"--out_dir={trial}", "--steps=102", "--log_every=2", log=log)
-    timed = {r["step"]: r["seconds"] for r in records(trial) if "seconds" in r}
-    steps = max(10, round(100 * seconds / (timed[102] - timed[2])))
+    if not steps:
+        trial = out_dir / "trial"
+        # All of the trial but its first steps counts, because the steps of a mask schedule differ.
+        call("train.py", *flags, "--eval_every=0", f"--out_dir={trial}", "--steps=102", "--log_every=2", log=log)
+        timed = {r["step"]: r["seconds"] for r in records(trial) if "seconds" in r}
+        steps = max(10, round(100 * seconds / (timed[102] - timed[2])))
     every = max(10, steps // 60 * 10) if curve else 0  # six times
     begun = time.time()
     _, memory = call("train.py", *flags, f"--steps={steps}", f"--eval_every={every}", f"--keep_every={3 * every}",
@@ -237,7 +238,8 @@ def run_row(name, seed, args):
     for i, (share, flags) in enumerate(() if ready else way["stages"]):  # the network comes with a checkpoint
         start = [f"--init_from={checkpoint}"] if checkpoint else network
         checkpoint, facts = train_for(args.unit * way["time"] * share, out_dir / f"stage{i + 1}", [
-            f"--data={data_set(way['on'], args)}", f"--seed={seed}", *QUIET, *start, *flags], log, way["curve"])
+            f"--data={data_set(way['on'], args)}", f"--seed={seed}", *QUIET, *start, *flags], log, way["curve"],
+            args.steps and way["start"] and max(10, round(args.steps * share)))
         for at, kept in facts.pop("kept", ()):
             facts.setdefault("fd_curve", []).append([before + at, distances(
                 kept, out_dir / f"samples{before + at:.0f}", [f"--seed={seed}", "--steps=10"], way["on"], args,
@@ -373,6 +375,8 @@ def main():
     parser.add_argument("--patch_size", type=int, help="another one than the claim's")
     parser.add_argument("--minutes", type=float, default=40, help="of the whole call")
     parser.add_argument("--each", type=float, help="minutes of training of each row, instead")
+    parser.add_argument("--steps", type=int, help="of a row that starts from another, in place of a time: where steps "
+                        "cost about the same, a fairer measure on a machine whose speed drifts")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--num", type=int, default=500, help="samples of each Frechet distance")
     parser.add_argument("--out", help="default: out/reproduce/CLAIM-DATA")
@@ -385,7 +389,7 @@ def main():
     args.unit = 60 * (args.each or 2 / 3 * args.minutes / args.seeds / sum(r["time"] for r in rows.values()))
     about = dict(claim=args.claim, data=Path(args.data).name, other=args.other and Path(args.other).name,
                  start=args.start and Path(args.start).name, size=args.size, patch_size=args.patch_size,
-                 num=args.num, minutes=args.unit / 60)
+                 num=args.num, steps=args.steps, minutes=args.unit / 60)
     done = Path(args.out, args.claim + ".json")
     stored = json.loads(done.read_text()) if done.exists() else dict(about, results=[])
     if differ := [k for k in about if stored.get(k) != about[k]]:
