@@ -198,7 +198,7 @@ def resolve(given, previous, device):
             setattr(cfg, name, value)
     if cfg.compile is None:
         cfg.compile = device.type == "cuda"
-    if cfg.loss == "consistency" and cfg.cm_stage_length is None:
+    if cfg.loss == "consistency" and (cfg.cm_stage_length is None or "cm_gap" in given):
         halvings = -math.log2(max(1e-6, cfg.cm_gap))
         stages = max(1, round(halvings / math.log2(max(1.1, cfg.cm_q))))
         cfg.cm_stage_length = max(1, math.ceil(cfg.steps / stages))

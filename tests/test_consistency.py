@@ -246,6 +246,8 @@ def test_tuning_to_close_pairs_is_in_float32_unless_asked_otherwise():
 def test_stages_end_at_the_gap_asked_for(gap, q, stages):
     cfg = train.resolve(dict(loss="consistency", cm_gap=gap, cm_q=float(q), steps=800), {}, torch.device("cpu"))
     assert cfg.cm_stage_length == 800 // stages
+    again = train.resolve(dict(cm_gap=1 / 64), dict(loss="consistency", steps=800, cm_stage_length=7), torch.device("cpu"))
+    assert again.cm_stage_length == math.ceil(800 / 6)  # asked for at --resume
     t = torch.tensor([1e4])  # where the sigmoid is nothing
     r = consistency_step(t, 799 // cfg.cm_stage_length, q, 8, 1)
     assert 1 - r.item() / 1e4 == pytest.approx(q**-stages, rel=1e-3)
