@@ -201,8 +201,9 @@ def load_stats(path):
         raise ValueError(f"features of {more['net']!r}")
     if more.get("n", 0) < 0:
         raise ValueError(f"{more['n']} images")
-    if features is not None and features.shape != (more.get("n"), len(mu)):
-        raise ValueError(f"features {tuple(features.shape)} of {more.get('n')} images")
+    if features is not None and (
+            features.shape != (more.get("n"), len(mu)) or not features.isfinite().all()):
+        raise ValueError(f"features {tuple(features.shape)} of {more.get('n')} images, or NaN")
     return {"mu": mu, "sigma": sigma, "features": features, **more}
 
 

@@ -396,7 +396,8 @@ def main():
         sys.exit(f"{done} has results with other {differ[0]} ({stored.get(differ[0])}): give another --out")
     data_set("data", args)
     stored["command"] = " ".join(["python tests/reproduce.py", *(
-        Path(a).name if os.path.isabs(a) else a for a in sys.argv[1:] if not a.startswith("--out"))])
+        Path(a).name if os.path.isabs(a) else a for before, a in zip(sys.argv, sys.argv[1:])
+        if "--out" not in (before, a) and not a.startswith("--out="))])
     results = stored["results"]
     failed = []
     for seed, name in itertools.product(range(args.seeds), rows):
