@@ -690,9 +690,8 @@ def main(argv=None):
         start = load_checkpoint(given["init_from"])
     cfg = resolve(given, previous, device)
     check(cfg)
-    gap = 1.0  # between the noise levels of a consistency loss, at the end
-    if cfg.loss == "consistency":
-        gap = cfg.cm_q ** -math.ceil(cfg.steps / cfg.cm_stage_length)
+    stages = math.ceil(cfg.steps / cfg.cm_stage_length) if cfg.loss == "consistency" else 0
+    gap = cfg.cm_q**-stages  # 1 - r/t at the end
     if device.type == "cuda":
         torch.cuda.set_device(device)
         precise = gap < 1 / 16  # see pick_dtype
@@ -821,7 +820,6 @@ def main(argv=None):
         f"images; {', '.join(map(str, counts))} of {config.grid**2} patches visible (mask ratio "
         f"{1 - counts[0] / config.grid**2:.4g}); writing {path}")
     if cfg.loss == "consistency":
-        stages = math.ceil(cfg.steps / cfg.cm_stage_length)
         say(f"{stages} stages, to a gap 1 - r/t of {gap:.3g} at high noise levels")
     for what, (pool, n, coef) in zip(("replayed", "distilled"), stream.parts[1:]):
         if n:

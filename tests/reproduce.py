@@ -95,7 +95,7 @@ CLAIMS = {
         "MaskDiT 0.5": row((0.5, ["--depth=6", *masked(0.5, *DECODER)]), WHOLE),
         "MaskDiT 0.5, no reconstruction": row((0.5, ["--depth=6", *masked(0.5, *DECODER, "--mae_weight=0")]), WHOLE),
         "sparse-dense 0.75": row((0.5, ["--depth=5", "--dense_depth=1", "--decoder_depth=1", *masked(0.75)]), WHOLE)}),
-    # One diffusion model, tuned in several ways, each for the time that it took itself.
+    # One diffusion model, tuned in several ways, each for the time that it took itself or for --steps.
     "consistency": dict(network=DEMO, kid=True, rows={
         "diffusion": row((0.5, masked(0.75)), WHOLE, once=True, draw=[["--steps=18"]] + [
             ["--sampler=euler", f"--steps={n}"] for n in (1, 2, 4, 8)]),
