@@ -442,8 +442,12 @@ def main(argv=None):
     if len({s.net for s in sources} - {""}) > 1 or len({len(s.mu) for s in sources}) > 1:
         found = [(s.path, len(s.mu), s.net) for s in sources]
         sys.exit(f"the features differ, {found}: measure both with the same --features")
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
+    if dist.is_initialized():
+        rank = dist.get_rank()
+        dist.barrier()
+        dist.destroy_process_group()  # or its threads may abort the process at its end
+        if rank > 0:
+            return
     key, digest = (max(s.net for s in sources) or "fid unknown").split()
     warnings = ["the Inception weights aren't known to be the public ones"]
     about = {"features": LABELS[key], "weights_sha256": digest, "dims": len(sources[0].mu),

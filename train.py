@@ -708,6 +708,8 @@ def main(argv=None):
     dtype = pick_dtype(cfg.dtype, device, gap)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if cfg.eval_only:
+        if world > 1:
+            dist.destroy_process_group()
         if rank == 0:
             report(cfg, device, autocast)
         return
@@ -988,6 +990,7 @@ def main(argv=None):
     if stop:
         if world > 1:
             dist.barrier()  # torchrun ends all processes when the first one leaves
+            dist.destroy_process_group()
         say(f"stopped by {signal.Signals(stop).name} after step {step}"
             + (f": {path} is saved, go on with --resume" if written else ""))
         sys.exit(128 + stop)

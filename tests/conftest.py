@@ -54,6 +54,17 @@ def run(script, *args, processes=1, timeout=240, **environment):
                           text=True, timeout=timeout, env=environment)
 
 
+def run_two(tmp_path, module, *args):
+    """Run a script's main in two processes; it fails if one is left with a process group.
+
+    The threads of an open group sometimes abort a process at its end, and torchrun then ends all.
+    """
+    (tmp_path / "two.py").write_text(f"import sys, {module}, torch.distributed as dist\n"
+                                     f"{module}.main(sys.argv[1:])\n"
+                                     "sys.exit('open group' if dist.is_initialized() else 0)\n")
+    return run(tmp_path / "two.py", *args, processes=2, PYTHONPATH=str(ROOT))
+
+
 def mistake(call, *args):
     """The one sentence with which `call(args)` leaves; fails if it does not leave with code 1."""
     with pytest.raises(SystemExit) as e:

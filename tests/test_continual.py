@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_dataset, mistake, run
+from conftest import TINY, make_dataset, mistake, run, run_two
 
 import model
 import prepare_data
@@ -346,3 +346,9 @@ def test_sets_that_do_not_fit_are_refused(tasks, tmp_path):
     assert "has size 8" in mistake(train.main, f"--data={tasks}/set0,{other}", *base)
     assert "has size 8" in mistake(train.main, f"--data={tasks}/set0", f"--replay={other}", *base)
     assert "(8, 8, 3)" in mistake(train.main, "--eval_only", f"--ckpt={tasks}/first/ft.pt", f"--data={other}")
+
+
+def test_two_processes_report_once_and_leave_in_peace(tasks, tmp_path):
+    result = run_two(tmp_path, "train", "--eval_only", f"--ckpt={tasks}/first/ft.pt", f"--data={tasks}/set0",
+                     "--device=cpu")
+    assert result.returncode == 0 and result.stdout.count("bits per dimension") == 1, result.stderr

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import make_dataset, mistake, run
+from conftest import make_dataset, mistake, run_two
 from PIL import Image
 
 import fid
@@ -365,7 +365,7 @@ def test_figures_do_not_depend_on_batch_size_order_or_processes(measure, net, tm
     found.append(
         measure(npz(tmp_path / "r.npz", x[::-1]), npz(tmp_path / "s.npz", y[::-1]), *settings)
     )
-    two = run("fid.py", a, b, *settings, "--json", "--device=cpu", processes=2)
+    two = run_two(tmp_path, "fid", a, b, *settings, "--json", "--device=cpu")
     assert two.returncode == 0, two.stderr
     found.append(json.loads(two.stdout.splitlines()[-1]))
     for result in found:
