@@ -41,6 +41,7 @@ class ModelConfig:
     decoder_heads: int = 0  # 0: heads
     dense_depth: int = 0  # how many of `depth` blocks come before the masking (SPRINT)
     cm_segments: int = 0  # 0: a diffusion model; m > 0: a consistency model of m segments
+    known_classes: tuple = ()  # the classes that it was trained on; (): all
 
     def __post_init__(self):
         if self.decoder_depth:
@@ -48,10 +49,14 @@ class ModelConfig:
             self.decoder_heads = self.decoder_heads or self.heads
         else:
             self.decoder_dim = self.decoder_heads = 0
-        for f in fields(self):
+        for f in fields(self)[:-1]:
             v, low = getattr(self, f.name), -1 if f.default == 0 else 0
             if type(v) is not f.type or not low < v < 2**20:
                 sys.exit(f"{f.name} is {v!r}, expected {f.type.__name__} above {low}, below 2^20")
+        known = self.known_classes
+        if type(known) is not tuple or not all(
+                type(k) is int and 0 <= k < self.num_classes for k in known):
+            sys.exit(f"known_classes is {known!r}, expected a tuple of class numbers")
         size, p = self.image_size, self.patch_size
         if size % p:
             divisors = [q for q in range(1, size + 1) if size % q == 0]

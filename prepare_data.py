@@ -128,9 +128,11 @@ def open_union(names, split="train"):
                  f"{first[key]}: prepare them alike")
     if len(opened) == 1:
         return [opened[0][0]], opened[0][1], first
-    numbered = [str(i) for i in range(len(first["class_names"] or []))]  # classes of drawn images
-    alike = all(m["class_names"] in (first["class_names"], numbered) for _, _, m in opened)
-    classes = first["class_names"] if alike else None  # else a label would mean two things
+    classes = first["class_names"] or []
+    numbered = [str(i) for i in range(len(classes))]  # of drawn images, as far as any was drawn
+    if not all(m["class_names"] in (classes, numbered[: len(m["class_names"] or [])])
+               for _, _, m in opened):
+        classes = None  # else a label would mean two things
     labels = np.concatenate([labels for _, labels, _ in opened]) if classes else None
     meta = first | dict(class_names=classes, hash="+".join(m["hash"] for _, _, m in opened))
     return [images for images, _, _ in opened], labels, meta

@@ -181,13 +181,13 @@ def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0
     """Yield (indices, images) batch by batch for the given image indices.
 
     images: numpy uint8 (b, H, W, C); float32 for a model of latents (where sigma_data is not 0.5 or
-    channels are not 1 or 3). `labels`: class numbers that are cycled over the image indices (all
-    classes by default); ignored without classes. Sampler and steps: see `noise_levels`; guidance:
+    channels are not 1 or 3). `labels`: class numbers that are cycled over the image indices (by
+    default those that the model was trained on); ignored without classes. Sampler and steps: see `noise_levels`; guidance:
     see `guided`. The image of an index depends on (seed, index).
     """
     c = denoiser.config
     device = next(denoiser.parameters()).device
-    labels = list(labels or range(c.num_classes))
+    labels = list(labels or c.known_classes or range(c.num_classes))
     sampler, sigmas = noise_levels(c, sampler, steps, mid_sigma)
     for start in range(0, len(indices), batch_size):
         batch = list(indices[start : start + batch_size])
@@ -319,10 +319,10 @@ def save_grid(path, images, columns=None):
 # ---------------------------------------------------------------------------------------------
 
 
-def parse_labels(text, num_classes):
-    """"0,1,2" -> [0, 1, 2]; exits if a label is not a class of the model. Empty: all classes."""
+def parse_labels(text, num_classes, known=()):
+    """"0,1,2" -> [0, 1, 2]; exits if a label is not a class of the model. None: those known."""
     if text is None:
-        return list(range(num_classes))
+        return list(known or range(num_classes))
     if not num_classes:
         sys.exit("--labels was given, but this is a model without classes: leave it out")
     try:
@@ -385,7 +385,7 @@ def main(argv=None):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     denoiser, checkpoint = load_denoiser(args.ckpt, args.weights, device)
-    labels = parse_labels(args.labels, denoiser.config.num_classes)
+    labels = parse_labels(args.labels, denoiser.config.num_classes, denoiser.config.known_classes)
     guide, weaker = None, None
     if args.guide_ckpt:
         guide, weaker = load_denoiser(args.guide_ckpt, args.weights, device, denoiser.config)

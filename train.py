@@ -287,7 +287,7 @@ class Stream:
     """
 
     def __init__(self, images, labels, cfg, config, device=torch.device("cpu"), rank=0, world=1,
-                 new=None, old=()):
+                 new=None, old=(), teacher=None):
         self.sets = images if isinstance(images, list) else [images]
         self.labels, self.cfg, self.config = labels, cfg, config
         self.new = np.arange(sum(map(len, self.sets))) if new is None else np.asarray(new)
@@ -299,6 +299,8 @@ class Stream:
         self.parts = [  # where from, how many, weight
             (self.new, self.n_new, 1.0), (self.old, self.n_replayed, cfg.replay_coef),
             (self.new, self.n_distilled, cfg.distill_coef)]
+        self.distilled = torch.arange(cfg.batch_size) >= cfg.batch_size - self.n_distilled
+        self.taught = torch.tensor(teacher.config.known_classes if teacher else [])  # to be drawn
         self.device = device
         self.ratios = mask_ratios(cfg, config.grid)
         # Every world-th image, so that each process has its part of each kind.
@@ -341,6 +343,10 @@ class Stream:
         visible = None if visible is None else visible[self.share]
         # A decoder is asked about the hidden patches, too.
         clean, labels = self.read(index, flip, None if config.decoder_depth else visible)
+        if labels is not None and len(self.taught):
+            drawn = torch.randint(len(self.taught), (cfg.batch_size,), generator=g)
+            drawn = self.taught[drawn][self.share]
+            labels = torch.where(self.distilled[self.share], drawn, labels)
         if labels is not None:
             labels = torch.where(dropped, config.num_classes, labels)
 
@@ -353,8 +359,7 @@ class Stream:
             batch["weight"] = self.move(weight[self.share])
         if self.n_distilled:
             start = torch.randn(noise.shape, generator=g, device=self.device)
-            distilled = torch.arange(cfg.batch_size) >= cfg.batch_size - self.n_distilled
-            batch.update(start=start[self.share], distilled=distilled[self.share])
+            batch.update(start=start[self.share], distilled=self.distilled[self.share])
         return batch
 
     def read(self, index, flip, visible=None):
@@ -398,7 +403,7 @@ def with_teacher(teacher, clean, noise, sigma, visible, labels, start, distilled
 
     Drawn in two Euler steps from `start`, on the visible patches alone (a decoder, which answers
     for hidden ones otherwise, draws all); their target is the teacher's answer, not the image. With
-    classes, each is of the class that its place had.
+    classes, `labels` says what to draw: classes that the teacher knows (Stream).
     """
     rows = distilled.nonzero()[:, 0].to(clean.device)
     target = clean
@@ -567,8 +572,11 @@ def taken_up(given):
     sys.exit(f"neither {path} nor {previous_name(path)} can be read: start afresh without --resume")
 
 
-def model_config(cfg, given, meta, start, resumed, say):
-    """The network's configuration: from the checkpoint it starts from, else preset and flags."""
+def model_config(cfg, given, meta, seen, start, resumed, say):
+    """The network's configuration: from the checkpoint it starts from, else preset and flags.
+
+    seen: labels of the images to train on, which join the classes that the checkpoint knows.
+    """
     sizes = dict.fromkeys(DECODER, 0) | PRESETS[cfg.preset]
     sizes.update({k: getattr(cfg, k) for k in ARCHITECTURE if getattr(cfg, k) is not None})
     if start:
@@ -589,9 +597,14 @@ def model_config(cfg, given, meta, start, resumed, say):
     if resumed and classes != theirs["num_classes"]:
         sys.exit(f"{cfg.data} has {classes} classes, but the run has {theirs['num_classes']}: "
                  "resume on the data it began with, or start a new run with --init_from")
+    known = np.unique(seen).tolist() if classes else []
+    if classes and start and start.get("class_names") == meta["class_names"]:
+        before = theirs["known_classes"] or range(theirs["num_classes"])
+        known = sorted({*known, *before})
     segments = cfg.cm_segments if cfg.loss == "consistency" else 0
     config = ModelConfig(image_size=meta["size"], channels=meta["channels"], num_classes=classes,
-                         sigma_data=meta["sigma_data"], cm_segments=segments, **sizes)
+                         sigma_data=meta["sigma_data"], cm_segments=segments,
+                         known_classes=tuple(known), **sizes)
     for k in ARCHITECTURE:
         setattr(cfg, k, getattr(config, k))
     return config
@@ -726,7 +739,8 @@ def main(argv=None):
                                                 cfg.replay_buffer, sample.seed_of(cfg.seed, 6)))
     if start and not checkpoint and "class_cond" not in given and meta["class_names"]:
         cfg.class_cond = start["architecture"]["num_classes"] > 0  # stays what it was
-    config = model_config(cfg, given, meta, start, checkpoint is not None, say)
+    seen = [] if labels is None else labels[np.concatenate([new, remembered]).astype(np.int64)]
+    config = model_config(cfg, given, meta, seen, start, checkpoint is not None, say)
     for ratio in {cfg.mask_ratio, cfg.mask_ratio_end or 0}:  # refuses what hides nothing
         count_visible(config.grid, ratio, cfg.mask_type, cfg.block_size)
     counts = [count_visible(config.grid, ratio, cfg.mask_type, cfg.block_size)
@@ -747,13 +761,13 @@ def main(argv=None):
     denoiser.to(device)
     ema = Denoiser(config).to(device).eval().requires_grad_(False)
     ema.load_state_dict(denoiser.state_dict())
-    stream = Stream(images, labels, cfg, config, device, rank, world, new, remembered)
-    if stream.n_new < 0 or (stream.n_new == 0 and cfg.replay_frac < 1):
-        sys.exit(f"--replay_frac {cfg.replay_frac} leaves no new images: give less, such as 0.25")
     teacher = None
-    if stream.n_distilled:
+    if cfg.distill_from and cfg.distill_coef > 0:
         also = ("decoder_depth", "dense_depth")
         teacher, _ = sample.load_denoiser(cfg.distill_from, "ema", device, config, also)
+    stream = Stream(images, labels, cfg, config, device, rank, world, new, remembered, teacher)
+    if stream.n_new < 0 or (stream.n_new == 0 and cfg.replay_frac < 1):
+        sys.exit(f"--replay_frac {cfg.replay_frac} leaves no new images: give less, such as 0.25")
     fisher_of = partial(task_fisher, device=device, autocast=autocast, rank=rank, world=world)
     anchor, importance, strength = held_back(cfg, start, checkpoint is not None, meta["hash"],
                                              denoiser, fisher_of)

@@ -1,6 +1,10 @@
 """Learn prepared sets one after another, by several methods, and measure what is forgotten.
 
 python tests/continual.py data/a data/b --minutes 4 --methods fine-tuning,joint,replay-0.1-512
+python tests/continual.py data/emoji:people-body data/emoji:flags          # one class after another
+
+With labels the model is class-conditional, and a set is compared with samples of its own classes;
+without, all sets are compared with the same samples, and distances depend on their mixture, too.
 
 Every method starts from one model of the first set. After each set the random-feature Frechet
 distance to every set so far is measured with --num samples. What is finished lies in
@@ -31,12 +35,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 
-from reproduce import QUIET, call, last_json, masked, train_for, where_from  # puts the project on the path
+from reproduce import QUIET, call, last_json, masked, subset, train_for, where_from  # puts the project on the path
 
 import sample
+from prepare_data import open_dataset
 
 DEFAULT = ("fine-tuning,joint,l2-0.001,l2-0.01,ewc-1e3,ewc-1e4,replay-1-64,replay-0.1-64,replay-1-512,replay-0.1-512,generative-1,"
            "distillation-1,replay-0.1-512+masked,distillation-1+masked")
+
+
+def task_of(text, out):
+    """The prepared set that an argument means: a folder, or FOLDER:CLASS, whose images go to OUT/CLASS."""
+    name, _, wanted = text.partition(":")
+    folder = Path(out, wanted) if wanted else Path(name).resolve()
+    if wanted and not folder.exists():
+        labels = {split: open_dataset(name, split)[1] for split in ("train", "val")}
+        classes = open_dataset(name)[2]["class_names"] or []
+        if wanted not in classes:
+            sys.exit(f"{name} has no class {wanted!r}, expected one of: {', '.join(classes) or 'it has no classes'}")
+        subset(Path(name), folder, **{s: np.flatnonzero(v == classes.index(wanted)) for s, v in labels.items()})
+    return str(folder)
+
+
+def labels_of(task, num):
+    """Flags for sample.py: num classes in a set's proportions; none for a set without classes."""
+    labels = open_dataset(task)[1]
+    if labels is None:
+        return []
+    return ["--labels", ",".join(map(str, np.random.default_rng(0).choice(labels, num)))]
 
 
 def flags_of(method, tasks, before, folder, args, log):
@@ -63,17 +89,19 @@ def flags_of(method, tasks, before, folder, args, log):
 
 def distances(checkpoint, tasks, folder, args, log):
     """Random-feature Frechet distance of a model's samples to each set."""
-    call("sample.py", "--ckpt", checkpoint, f"--num={args.num}", "--steps=10", f"--seed={args.seed}", "--out",
-         folder / "samples.npz", log=log)
-    drawn, found = folder / "statistics.npz", []
-    call("fid.py", folder / "samples.npz", "--features=random", "--stats", drawn, log=log)
-    with np.load(folder / "samples.npz") as images:
-        sample.save_grid(folder / "samples.png", images["arr_0"][:64])
+    found, before = [], None
     for i, task in enumerate(tasks):
-        reference = Path(args.out) / f"reference{i}.npz"
+        reference, asked = Path(args.out) / f"reference{i}.npz", labels_of(task, args.num)
         if not reference.exists():
             call("fid.py", task, "--features=random", f"--num={args.references}", "--stats", reference, log=log)
-        found.append(last_json(call("fid.py", reference, drawn, "--json", log=log)[0])["random_fd"])
+        if asked != before:
+            call("sample.py", "--ckpt", checkpoint, f"--num={args.num}", "--steps=10", f"--seed={args.seed}", *asked,
+                 "--out", folder / "samples.npz", log=log)
+            with np.load(folder / "samples.npz") as images:
+                sample.save_grid(folder / f"samples{i}.png", images["arr_0"][:64])
+        before = asked
+        found.append(last_json(call("fid.py", reference, folder / "samples.npz", "--features=random", "--json",
+                                    log=log)[0])["random_fd"])
     return found
 
 
@@ -134,7 +162,7 @@ def change_by_level(results, first):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="+", help="prepared sets, in the order of learning")
+    parser.add_argument("tasks", nargs="+", help="prepared sets in the order of learning, or SET:CLASS for the images of one class")
     parser.add_argument("--methods", default=DEFAULT, help="with commas")
     parser.add_argument("--minutes", type=float, default=4, help="of training, for each set and method")
     parser.add_argument("--seed", type=int, default=0)
@@ -143,9 +171,9 @@ def main():
     parser.add_argument("--out", default="out/continual")
     args = parser.parse_args()
     args.out = os.path.abspath(args.out)
-    args.tasks = tasks = [os.path.abspath(t) for t in args.tasks]
     folder = Path(args.out) / f"first-{args.seed}"
     Path(args.out).mkdir(parents=True, exist_ok=True)
+    tasks = [task_of(t, args.out) for t in args.tasks]
     done = Path(args.out) / "continual.json"
     about = dict(tasks=[Path(t).name for t in tasks], minutes=args.minutes, num=args.num, references=args.references)
     stored = json.loads(done.read_text()) if done.exists() else dict(about, results=[])
@@ -153,14 +181,15 @@ def main():
     if differ := [k for k in about if stored[k] != about[k]]:
         sys.exit(f"{done} has results with other {differ[0]} ({stored[differ[0]]}): give another --out")
     done.write_text(json.dumps(stored, indent=1))
-    stored["command"] = " ".join(["python tests/continual.py", *stored["tasks"], f"--minutes {args.minutes:g}",
+    stored["command"] = " ".join(["python tests/continual.py", *(Path(t).name for t in args.tasks), f"--minutes {args.minutes:g}",
                                   f"--seed {args.seed} --num {args.num}"])
     if not (folder / "first.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         log = folder / "output.txt"
+        classes = ["--class_cond"] if labels_of(tasks[0], 1) else []
         pt, _ = train_for(30 * args.minutes, folder / "stage0", [
-            *QUIET, f"--data={tasks[0]}", "--preset=demo", f"--seed={args.seed}", *masked(0.75)], log)
+            *QUIET, f"--data={tasks[0]}", "--preset=demo", f"--seed={args.seed}", *masked(0.75), *classes], log)
         checkpoint, _ = train_for(30 * args.minutes, folder / "stage1", [
             *QUIET, f"--data={tasks[0]}", f"--seed={args.seed}", f"--init_from={pt}"], log)
         row = distances(checkpoint, tasks[:1], folder, args, log)

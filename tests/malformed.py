@@ -327,6 +327,7 @@ def make_groups(good, rng):
             "dim": (64, "x", 0, -32, 32.0, 8 * 10**9, None), "depth": (3, -1, 10**9, [2]),
             "heads": (0, -2, 3), "patch_size": (0, -4, 8), "image_size": (0, -16, 4 * 10**9, 17),
             "channels": (0, "3"), "num_classes": (-1, 10**12, 1.5),
+            "known_classes": ((5,), (-1,), ([0],), "0", [0], (0.0,), None),
             "sigma_data": (0.0, "x", nan, -1.0)}.items() for v in values}}
     states = {f"{k} {v}"[:40]: checkpoint(**{k: v}) for k, values in {  # not all scripts read them
         "config": (None, [], {}, {"colour": 1}, {"steps": "many"}, {"lr": None}, {"ema": -4}),

@@ -184,22 +184,29 @@ def distances(checkpoint, name, flags, on, args, log):
 # Data sets and rows.
 
 
+def subset(source, folder, **chosen):
+    """A prepared set in `folder` of some images of another: `train` and `val` are numbers in its arrays."""
+    work = Path(f"{folder}.tmp")
+    shutil.copytree(source, work, dirs_exist_ok=True)
+    for split, numbers in chosen.items():
+        for name in (f"{split}.npy", f"{split}_labels.npy"):
+            if (source / name).exists():
+                np.save(work / name, np.load(source / name)[numbers])
+    meta = json.loads((source / "meta.json").read_text())
+    meta |= {f"num_{split}": len(numbers) for split, numbers in chosen.items()}
+    (work / "meta.json").write_text(json.dumps(meta | dict(hash=f"{meta['hash']}-{folder.name}")))
+    return work.rename(folder)
+
+
 def data_set(on, args):
     """The prepared folder OUT/data, OUT/other, or OUT/few: a tenth of the images of OUT/other."""
     folder, log = Path(args.out, on), args.out + "/output.txt"
     if folder.exists():
         return folder
     if on == "few":
-        other, work = data_set("other", args), Path(args.out, "few.tmp")
-        shutil.copytree(other, work, dirs_exist_ok=True)
-        few = np.random.default_rng(0).permutation(len(np.load(other / "train.npy", mmap_mode="r")))
-        few = np.sort(few[: len(few) // 10])
-        for name in ("train.npy", "train_labels.npy"):
-            if (other / name).exists():
-                np.save(work / name, np.load(other / name)[few])
-        meta = json.loads((other / "meta.json").read_text())
-        (work / "meta.json").write_text(json.dumps(meta | dict(num_train=len(few), hash=meta["hash"] + "-few")))
-        return work.rename(folder)
+        other = data_set("other", args)
+        n = len(np.load(other / "train.npy", mmap_mode="r"))
+        return subset(other, folder, train=np.sort(np.random.default_rng(0).permutation(n)[: n // 10]))
     source = args.data if on == "data" else args.other
     if source is None:
         sys.exit(f"{args.claim} needs a second data set: give --other")

@@ -10,6 +10,8 @@ from conftest import TINY, make_dataset, mistake, run, run_two
 
 import model
 import prepare_data
+import reproduce
+import sample
 import train
 from model import Denoiser, ModelConfig, load_checkpoint, sample_visible
 
@@ -94,12 +96,14 @@ def test_replayed_images_are_those_of_the_buffer(tasks, monkeypatch):
 
 
 def test_generated_images_count_as_the_classes_they_are_numbered_by(tmp_path):
-    for name, names in (("real", ["cat", "dog"]), ("drawn", ["0", "1"]), ("other", ["sun", "moon"])):
-        folder = make_dataset(tmp_path / name, classes=2)
+    for name, names in (("real", ["cat", "dog"]), ("drawn", ["0", "1"]), ("some", ["0"]), ("other", ["sun", "moon"]),
+                        ("more", ["0", "1", "2"])):
+        folder = make_dataset(tmp_path / name, classes=len(names))
         meta = json.loads((folder / "meta.json").read_text())
         (folder / "meta.json").write_text(json.dumps(meta | {"class_names": names}))
-    assert prepare_data.open_union([f"{tmp_path}/real", f"{tmp_path}/drawn"])[2]["class_names"] == ["cat", "dog"]
-    assert prepare_data.open_union([f"{tmp_path}/real", f"{tmp_path}/other"])[1] is None
+    for name, known in (("drawn", True), ("some", True), ("other", False), ("more", False)):
+        _, labels, meta = prepare_data.open_union([f"{tmp_path}/real", f"{tmp_path}/{name}"])
+        assert (meta["class_names"], labels is None) == ((["cat", "dog"], False) if known else (None, True))
 
 
 def test_a_buffer_is_reproducible_and_balanced():
@@ -270,6 +274,29 @@ def test_distilled_images_are_two_euler_steps_of_the_teacher_and_others_stay(tas
     assert torch.allclose(ours["clean"][6:], x, atol=1e-4)
     noisy = x + batch["sigma"][6:].view(-1, 1, 1) * batch["noise"][6:]
     assert torch.allclose(ours["target"][6:], teacher(noisy, batch["sigma"][6:]), atol=1e-4)
+
+
+def test_a_model_of_one_class_after_another_draws_and_distils_those_it_knows(tmp_path):
+    data = make_dataset(tmp_path / "all", n=60, classes=4)
+    labels = np.load(data / "train_labels.npy"), np.load(data / "val_labels.npy")
+    for c in (1, 3):
+        reproduce.subset(data, tmp_path / f"class{c}", train=np.flatnonzero(labels[0] == c),
+                         val=np.flatnonzero(labels[1] == c))
+    base = ["--batch_size=12", "--steps=2", *TINY]
+    train.main([f"--data={tmp_path}/class1", f"--out_dir={tmp_path}/a", "--class_cond", *base])
+    first, _ = sample.load_denoiser(tmp_path / "a/ft.pt")
+    assert first.config.known_classes == (1,)
+    # Without a word of which classes, samples are of those that the model has seen.
+    default, asked = ([x for _, x in sample.generate(first, range(4), steps=1, labels=v)] for v in (None, [1]))
+    assert np.array_equal(default, asked) and sample.parse_labels(None, 4, first.config.known_classes) == [1]
+
+    cfg = train.Config(batch_size=10, steps=5, distill_from="teacher", replay_frac=0.4, label_dropout=0.0)
+    sets, numbers, _ = prepare_data.open_union([f"{tmp_path}/class3"])
+    batch = train.Stream(sets, numbers, cfg, first.config, teacher=first).load(0)
+    assert batch["labels"].tolist() == [3] * 6 + [1] * 4 and sum(batch["distilled"]) == 4
+    train.main([f"--data={tmp_path}/class3", f"--out_dir={tmp_path}/b", f"--init_from={tmp_path}/a/ft.pt", *base])
+    second, _ = sample.load_denoiser(tmp_path / "b/ft.pt")
+    assert second.config.known_classes == (1, 3)
 
 
 @pytest.mark.parametrize("network", [["--decoder_depth=1"], ["--dense_depth=1", "--decoder_depth=1"]])
