@@ -110,7 +110,7 @@ def learn(method, tasks, args, first):
     folder = Path(args.out) / f"{method}-{args.seed}"
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted call
     folder.mkdir(parents=True)
-    log, checkpoint, matrix, seconds = folder / "output.txt", first["checkpoint"], [first["row"]], []
+    log, checkpoint, matrix, seconds, stages = folder / "output.txt", first["checkpoint"], [first["row"]], [], []
     for t in range(1, len(tasks)):
         here = folder / f"task{t}"
         here.mkdir(exist_ok=True)
@@ -122,8 +122,10 @@ def learn(method, tasks, args, first):
             start = f"--init_from={checkpoint}"
             checkpoint, facts = train_for(60 * args.minutes * share, here / f"stage{i}", [*flags, start, *mask], log)
             seconds.append(facts["wall"])
+            stages.append({k: facts[k] for k in ("steps", "images_per_s", "peak_gb")})
         matrix.append(distances(checkpoint, tasks[: t + 1], here, args, log))
-    return dict(method=method, seed=args.seed, matrix=matrix, steps=facts["steps"], seconds=sum(seconds), report=report_of(checkpoint, tasks, log), **where_from())
+    return dict(method=method, seed=args.seed, matrix=matrix, stages=stages, seconds=sum(seconds),
+                report=report_of(checkpoint, tasks, log), **where_from())
 
 
 def report_of(checkpoint, tasks, log):
@@ -134,13 +136,14 @@ def report_of(checkpoint, tasks, log):
 
 def table(results, names):
     lines = ["| method | " + " | ".join(f"{n} after {m}" for j, m in enumerate(names) for n in names[: j + 1])
-             + " | average at the end | forgetting | seconds |",
-             "|---" * (len(names) * (len(names) + 1) // 2 + 4) + "|"]
+             + " | average at the end | forgetting | images/s by stage | seconds |",
+             "|---" * (len(names) * (len(names) + 1) // 2 + 5) + "|"]
     for r in results:
         last = r["matrix"][-1]
         lost = [last[i] - min(row[i] for row in r["matrix"] if len(row) > i) for i in range(len(last) - 1)]
+        rates = ", ".join(f"{s['images_per_s']:.0f}" for s in r["stages"])
         lines.append(f"| {r['method']} | " + " | ".join(f"{v:.4g}" for row in r["matrix"] for v in row)
-                     + f" | {statistics.mean(last):.4g} | {statistics.mean(lost):.4g} | {r['seconds']:.0f} |")
+                     + f" | {statistics.mean(last):.4g} | {statistics.mean(lost):.4g} | {rates} | {r['seconds']:.0f} |")
     return "\n".join(lines)
 
 

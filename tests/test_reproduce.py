@@ -52,9 +52,10 @@ def test_tables_have_the_mean_and_half_the_range():
 def test_forgetting_is_the_last_distance_less_the_best():
     report = [dict(ln_sigma=list(range(11)), loss_by_level=[1.0] * 10, bits_per_dim=3.0)]
     later = [dict(report[0], loss_by_level=[1.5] * 10, bits_per_dim=2.9)]
-    r = dict(method="fine-tuning", matrix=[[4.0], [9.0, 5.0], [8.0, 6.0, 2.0]], seconds=60, report=later)
+    r = dict(method="fine-tuning", matrix=[[4.0], [9.0, 5.0], [8.0, 6.0, 2.0]], seconds=60, report=later,
+             stages=[dict(images_per_s=30.2)])
     cells = continual.table([r], ["a", "b", "c"]).splitlines()[2].split(" | ")
-    assert cells[-3] == f"{16 / 3:.4g}" and cells[-2] == f"{((8 - 4) + (6 - 5)) / 2:.4g}"
+    assert cells[-4] == f"{16 / 3:.4g}" and cells[-3] == f"{((8 - 4) + (6 - 5)) / 2:.4g}" and cells[-2] == "30"
     line = continual.change_by_level([r], dict(report=report)).splitlines()[2]
     assert line.count("+0.5000") == 10 and line.endswith("| -0.1000 | +4 |")
 
