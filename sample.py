@@ -372,7 +372,8 @@ def main(argv=None):
                         "class, such as out/ft-0000400.pt")
     parser.add_argument("--cfg_interval", default="0,inf",
                         help="guide between these noise levels only, such as 0.2,5")
-    parser.add_argument("--labels", help="classes to draw, such as 0,1,2, cycled over the images")
+    parser.add_argument("--labels", help="classes to draw, such as 0,1,2, cycled over the images "
+                        "(default: those that the model was trained on)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")

@@ -40,8 +40,8 @@ from reproduce import QUIET, call, last_json, masked, subset, train_for, where_f
 import sample
 from prepare_data import open_dataset
 
-DEFAULT = ("fine-tuning,joint,l2-0.001,l2-0.01,ewc-1e3,ewc-1e4,replay-1-64,replay-0.1-64,replay-1-512,replay-0.1-512,generative-1,"
-           "distillation-1,replay-0.1-512+masked,distillation-1+masked")
+DEFAULT = ("fine-tuning,joint,replay-1-64,replay-0.1-64,replay-1-512,replay-0.1-512,distillation-1,generative-1,"
+           "replay-0.1-512+masked,distillation-1+masked,ewc-1e4,l2-0.01")
 
 
 def task_of(text, out):
@@ -165,7 +165,7 @@ def change_by_level(results, first):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="+", help="prepared sets in the order of learning, or SET:CLASS for the images of one class")
+    parser.add_argument("tasks", nargs="+", help="prepared sets in the order of learning, or SET:CLASS: one class of it")
     parser.add_argument("--methods", default=DEFAULT, help="with commas")
     parser.add_argument("--minutes", type=float, default=4, help="of training, for each set and method")
     parser.add_argument("--seed", type=int, default=0)
@@ -184,8 +184,8 @@ def main():
     if differ := [k for k in about if stored[k] != about[k]]:
         sys.exit(f"{done} has results with other {differ[0]} ({stored[differ[0]]}): give another --out")
     done.write_text(json.dumps(stored, indent=1))
-    stored["command"] = " ".join(["python tests/continual.py", *(Path(t).name for t in args.tasks), f"--minutes {args.minutes:g}",
-                                  f"--seed {args.seed} --num {args.num}"])
+    stored["command"] = " ".join(["python tests/continual.py", *(Path(t).name for t in args.tasks),
+                                  f"--minutes {args.minutes:g} --seed {args.seed} --num {args.num}"])
     if not (folder / "first.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
