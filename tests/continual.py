@@ -3,8 +3,8 @@
 python tests/continual.py data/a data/b --minutes 4 --methods fine-tuning,joint,replay-0.1-512
 python tests/continual.py data/emoji:people-body data/emoji:flags          # one class after another
 
-With labels the model is class-conditional, and a set is compared with samples of its own classes;
-without, all sets are compared with the same samples, and distances depend on their mixture, too.
+If all have the same classes, the model is conditional, and a set is compared with samples of those
+that it holds; else all sets are compared with the same samples, and distances depend on their mixture, too.
 
 Every method starts from one model of the first set. After each set the random-feature Frechet
 distance to every set so far is measured with --num samples. What is finished lies in
@@ -57,12 +57,11 @@ def task_of(text, out):
     return str(folder)
 
 
-def labels_of(task, num):
-    """Flags for sample.py: num classes in a set's proportions; none for a set without classes."""
-    labels = open_dataset(task)[1]
-    if labels is None:
+def labels_of(task, args):
+    """Flags for sample.py: classes in the proportions of a set; none for a model without classes."""
+    if not args.class_cond:
         return []
-    return ["--labels", ",".join(map(str, np.random.default_rng(0).choice(labels, num)))]
+    return ["--labels", ",".join(map(str, np.random.default_rng(0).choice(open_dataset(task)[1], args.num)))]
 
 
 def flags_of(method, tasks, before, folder, args, log):
@@ -91,7 +90,7 @@ def distances(checkpoint, tasks, folder, args, log):
     """Random-feature Frechet distance of a model's samples to each set."""
     found, before = [], None
     for i, task in enumerate(tasks):
-        reference, asked = Path(args.out) / f"reference{i}.npz", labels_of(task, args.num)
+        reference, asked = Path(args.out) / f"reference{i}.npz", labels_of(task, args)
         if not reference.exists():
             call("fid.py", task, "--features=random", f"--num={args.references}", "--stats", reference, log=log)
         if asked != before:
@@ -177,6 +176,8 @@ def main():
     folder = Path(args.out) / f"first-{args.seed}"
     Path(args.out).mkdir(parents=True, exist_ok=True)
     tasks = [task_of(t, args.out) for t in args.tasks]
+    classes = [open_dataset(t)[2]["class_names"] for t in tasks]
+    args.class_cond = bool(classes[0]) and all(c == classes[0] for c in classes)
     done = Path(args.out) / "continual.json"
     about = dict(tasks=[Path(t).name for t in tasks], minutes=args.minutes, num=args.num, references=args.references)
     stored = json.loads(done.read_text()) if done.exists() else dict(about, results=[])
@@ -190,7 +191,7 @@ def main():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         log = folder / "output.txt"
-        classes = ["--class_cond"] if labels_of(tasks[0], 1) else []
+        classes = ["--class_cond"] if args.class_cond else []
         pt, _ = train_for(30 * args.minutes, folder / "stage0", [
             *QUIET, f"--data={tasks[0]}", "--preset=demo", f"--seed={args.seed}", *masked(0.75), *classes], log)
         checkpoint, _ = train_for(30 * args.minutes, folder / "stage1", [

@@ -111,3 +111,23 @@ def test_a_claim_runs_from_data_to_table_and_is_not_run_again(tmp_path):
     assert again.stdout == first.stdout and "from scratch, seed" not in again.stderr
     other = run(*command, "--size", "8")
     assert other.returncode == 1 and "give another --out" in other.stderr and "Traceback" not in other.stderr
+
+
+def test_one_class_after_another_is_learned_and_each_judged_by_its_own_samples(tmp_path):
+    data = make_dataset(tmp_path / "set", n=40, classes=2)
+    command = [ROOT / "tests/continual.py", f"{data}:class 1", f"{data}:class 0", "--minutes", "0.01", "--num", "8",
+               "--references", "16", "--methods", "generative-1", "--out", tmp_path / "out"]
+    first = run(*command, timeout=500)
+    assert first.returncode == 0, first.stderr
+    stored = json.loads((tmp_path / "out/continual.json").read_text())
+    (result,) = stored["results"]
+    assert stored["tasks"] == ["class 1", "class 0"] and [len(row) for row in result["matrix"]] == [1, 2]
+    assert len(result["report"]) == 2 and str(tmp_path) not in json.dumps(stored)
+    generated, labels, meta = open_dataset(tmp_path / "out/generative-1-0/task1/generated")
+    assert len(generated) == 8 and set(labels) == {1} and meta["class_names"] == ["0", "1"]
+    old, new = (open_dataset(tmp_path / f"out/class {c}") for c in (1, 0))
+    assert set(old[1]) == {1} and set(new[1]) == {0} and len(old[0]) == len(new[0]) == 20
+    again = run(*command)
+    assert again.stdout == first.stdout and "class 1 after class 0" in first.stdout
+    wrong = run(*command[:1], f"{data}:cats", "--out", tmp_path / "else")
+    assert wrong.returncode == 1 and "has no class 'cats', expected one of: class 0, class 1" in wrong.stderr
