@@ -8,8 +8,8 @@ CLAIM names a table of CLAIMS below. Each row is a way of training: stages (shar
 of train.py), from scratch or from the checkpoint of another row, and ways of sampling. Every stage
 is first run for a few steps to see how many fit into its time. --minutes is the whole call, of
 which about two thirds are training; --each gives the training time of a row instead. Judged are the
-validation loss on whole images and --num samples: random-feature Frechet distance to the training
-set; in some claims this and KID to its first --num images. What is finished lies in OUT/CLAIM.json and
+validation loss on whole images and --num samples: random-feature Frechet distance to the first 5000
+training images; in some claims this and KID to the first --num. What is finished lies in OUT/CLAIM.json and
 is not run again, so an interrupted call goes on; OUT holds one comparison, of one data set.
 """
 
@@ -220,11 +220,11 @@ def data_set(on, args):
 
 
 def reference(on, args):
-    """Statistics of the training images that samples are compared with; for KID, of the first --num."""
+    """Statistics of the training images that samples are compared with: the first 5000, for KID --num."""
     on = "other" if on == "few" else on
     path = Path(args.out, f"reference-{on}.npz")
     if not path.exists():
-        how = [*KID, f"--num={args.num}"] if CLAIMS[args.claim].get("kid") else []
+        how = [*KID, f"--num={args.num}"] if CLAIMS[args.claim].get("kid") else ["--num=5000"]
         call("fid.py", data_set(on, args), "--features=random", "--stats", path, *how, log=args.out + "/output.txt")
     return path
 
