@@ -124,7 +124,7 @@ def test_one_class_after_another_is_learned_and_each_judged_by_its_own_samples(t
     assert stored["tasks"] == ["class 1", "class 0"] and [len(row) for row in result["matrix"]] == [1, 2]
     assert len(result["report"]) == 2 and str(tmp_path) not in json.dumps(stored)
     generated, labels, meta = open_dataset(tmp_path / "out/generative-1-0/task1/generated")
-    assert len(generated) == 8 and set(labels) == {1} and meta["class_names"] == ["0", "1"]
+    assert len(generated) + meta["num_val"] == 8 and set(labels) == {1} and meta["class_names"] == ["0", "1"]
     old, new = (open_dataset(tmp_path / f"out/class {c}") for c in (1, 0))
     assert set(old[1]) == {1} and set(new[1]) == {0} and len(old[0]) == len(new[0]) == 20
     again = run(*command)
