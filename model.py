@@ -49,7 +49,7 @@ class ModelConfig:
             self.decoder_heads = self.decoder_heads or self.heads
         else:
             self.decoder_dim = self.decoder_heads = 0
-        for f in fields(self)[:-1]:
+        for f in fields(self)[:-1]:  # the numbers
             v, low = getattr(self, f.name), -1 if f.default == 0 else 0
             if type(v) is not f.type or not low < v < 2**20:
                 sys.exit(f"{f.name} is {v!r}, expected {f.type.__name__} above {low}, below 2^20")

@@ -182,8 +182,8 @@ def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0
 
     images: numpy uint8 (b, H, W, C); float32 for a model of latents (where sigma_data is not 0.5 or
     channels are not 1 or 3). `labels`: class numbers that are cycled over the image indices (by
-    default those that the model was trained on); ignored without classes. Sampler and steps: see `noise_levels`; guidance:
-    see `guided`. The image of an index depends on (seed, index).
+    default those that the model was trained on); ignored without classes. Sampler and steps: see
+    `noise_levels`; guidance: see `guided`. The image of an index depends on (seed, index).
     """
     c = denoiser.config
     device = next(denoiser.parameters()).device
