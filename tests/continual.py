@@ -191,9 +191,9 @@ def main():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         log = folder / "output.txt"
-        classes = ["--class_cond"] if args.class_cond else []
         pt, _ = train_for(30 * args.minutes, folder / "stage0", [
-            *QUIET, f"--data={tasks[0]}", "--preset=demo", f"--seed={args.seed}", *masked(0.75), *classes], log)
+            *QUIET, f"--data={tasks[0]}", "--preset=demo", f"--seed={args.seed}", *masked(0.75),
+            *["--class_cond"] * args.class_cond], log)
         checkpoint, _ = train_for(30 * args.minutes, folder / "stage1", [
             *QUIET, f"--data={tasks[0]}", f"--seed={args.seed}", f"--init_from={pt}"], log)
         row = distances(checkpoint, tasks[:1], folder, args, log)
