@@ -4,9 +4,11 @@ python tests/label_agreement.py data/noto out/ft.pt --cfg_scale 1,2,4 --per_clas
 
 The classifier is a small convolutional network, trained here on the real images of the data set and
 tested on its validation images; the last line is its own agreement there, the most to hope for.
+The table is also written as JSON, beside the checkpoint: out/ft.agreement.json.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from model import load_checkpoint
 from prepare_data import open_dataset
+from reproduce import where_from
 
 
 def classifier(channels, classes, width=32):
@@ -59,7 +62,13 @@ def fit(images, labels, classes, epochs):
 def agreement(net, images, labels):
     """Share of images seen as their label, over all and as a mean over classes."""
     right = torch.cat([net(part).argmax(1) for part in as_input(images).split(256)]).numpy() == labels
-    return right.mean(), np.mean([right[labels == c].mean() for c in np.unique(labels)])
+    return float(right.mean()), float(np.mean([right[labels == c].mean() for c in np.unique(labels)]))
+
+
+def table(results):
+    lines = ["| images | agreement | mean over classes |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {r['number']} {r['images']} | {r['agreement']:.3f} | {r['mean']:.3f} |"
+                              for r in results])
 
 
 def main():
@@ -79,17 +88,24 @@ def main():
     if checkpoint["architecture"].get("num_classes") != classes or checkpoint["class_names"] != meta["class_names"]:
         sys.exit(f"{args.ckpt} was not trained with the classes of {args.data}: give one that was (--class_cond)")
     net = fit(images, labels, classes, args.epochs)
-    print("| images | agreement | mean over classes |\n|---|---|---|")
+    results = []
+
+    def judge(name, images, labels):
+        share, mean = agreement(net, images, labels)
+        results.append(dict(images=name, number=len(labels), agreement=share, mean=mean, **where_from()))
+
     for scale in args.cfg_scale.split(","):
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run([sys.executable, str(ROOT / "sample.py"), "--ckpt", args.ckpt, "--out", f"{folder}/x.npz",
                             f"--num={classes * args.per_class}", f"--cfg_scale={scale}", f"--steps={args.steps}"],
                            check=True, capture_output=True)
             with np.load(f"{folder}/x.npz") as drawn:
-                share, mean = agreement(net, drawn["arr_0"], drawn["arr_1"])
-        print(f"| {classes * args.per_class} drawn with guidance {scale} | {share:.3f} | {mean:.3f} |", flush=True)
-    share, mean = agreement(net, val_images, val_labels)
-    print(f"| {len(val_labels)} real ones it has not seen | {share:.3f} | {mean:.3f} |")
+                judge(f"drawn with guidance {scale}", drawn["arr_0"], drawn["arr_1"])
+    judge("real ones it has not seen", val_images, val_labels)
+    print(table(results))
+    command = " ".join(["python tests/label_agreement.py", *sys.argv[1:]])
+    Path(args.ckpt).with_suffix(".agreement.json").write_text(json.dumps(dict(command=command, results=results),
+                                                                         indent=1))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 
 import bench
 import continual
+import label_agreement
 import reproduce
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +21,7 @@ MAKERS = {
     "ratios": lambda r: reproduce.time_ratios(r["results"]),
     "forgetting": lambda r: continual.table(r["results"], r["tasks"]),
     "levels": lambda r: continual.change_by_level(r["results"], r["first"]),
+    "agreement": lambda r: label_agreement.table(r["results"]),
     "speed": lambda r: bench.summary(r["results"]),
 }
 
@@ -33,7 +35,7 @@ def test_table_equals_its_results(file, kind, text):
 @pytest.mark.parametrize("file", sorted((ROOT / "assets/results").glob("*.json")))
 def test_results_can_be_repeated(file):
     stored = json.loads(file.read_text())
-    assert re.match("python (tests/)?[a-z]+.py", stored["command"])
+    assert re.match("python (tests/)?[a-z_]+.py", stored["command"])
     for r in stored["results"]:
         assert re.fullmatch(r"[0-9a-f]{7,}", r["commit"]) and r["machine"] and r["date"]
     assert file.name in README

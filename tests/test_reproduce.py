@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,6 +91,24 @@ def test_a_tenth_of_a_set_is_a_set_with_the_same_validation_images(tmp_path):
     assert np.array_equal(labels, of_whole[place])
     assert np.array_equal(open_dataset(few, "val")[0], open_dataset(other, "val")[0])
     assert len(np.load(other / "train.npy")) == 40
+
+
+@pytest.mark.parametrize("paces, steps, seconds", [([1.0, 0.25, 0.25], 1600, 400), ([1.0, 1.2], 400, 480)])
+def test_a_run_that_misses_its_time_by_far_is_the_trial_of_another(tmp_path, monkeypatch, paces, steps, seconds):
+    left = iter(paces)  # seconds a step, of the trial, the run, perhaps another run
+
+    def call(script, *flags, log):
+        options, pace = dict(f[2:].split("=") for f in flags), next(left)
+        folder, n = Path(options["out_dir"]), int(options["steps"])
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [dict(step=i, images_per_s=1 / pace, seconds=i * pace) for i in range(2, n + 1, 2)]
+        (folder / "log.jsonl").write_text("\n".join(map(json.dumps, [*lines, dict(step=n, val_loss=0.5)])))
+        (folder / "ft.pt").touch()
+        return "", 1.0
+
+    monkeypatch.setattr(reproduce, "call", call)
+    _, facts = reproduce.train_for(400, tmp_path / "stage1", [], tmp_path / "log")
+    assert (facts["steps"], facts["seconds"]) == (steps, pytest.approx(seconds)) and not list(left)
 
 
 def test_a_claim_runs_from_data_to_table_and_is_not_run_again(tmp_path):
