@@ -151,8 +151,8 @@ CONSISTENCY = {
 DEFAULTS = {
     ("cpu", 1): dict(preset="demo", batch_size=48, steps=2500, lr=4e-3, beta1=0.9,
                      lr_schedule="constant", eval_every=500, sample_every=0, save_every=500),
-    ("cpu", 2): dict(preset="demo", batch_size=16, steps=1200, lr=2e-3, beta1=0.9,
-                     lr_schedule="cosine", eval_every=400, sample_every=400, save_every=400),
+    ("cpu", 2): dict(preset="demo", batch_size=4, steps=4200, lr=2e-3, beta1=0.9,
+                     lr_schedule="cosine", eval_every=1400, sample_every=1400, save_every=1400),
     ("cpu", 3): dict(preset="demo", batch_size=32, steps=1200, lr=2e-3, beta1=0.9, cm_gap=1 / 16,
                      lr_schedule="cosine", eval_every=400, sample_every=400, save_every=400),
     ("gpu", 1): dict(preset="maskdm-64", batch_size=256, steps=100_000, lr=2e-4, beta1=0.99,

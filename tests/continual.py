@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 
-from reproduce import QUIET, call, last_json, masked, subset, train_for, where_from  # puts the project on the path
+from reproduce import B16, QUIET, call, last_json, masked, subset, train_for, where_from  # puts the project on the path
 
 import sample
 from prepare_data import open_dataset
@@ -116,7 +116,7 @@ def learn(method, tasks, args, first):
         begun = time.time()  # what a method does before it trains counts, too
         flags = [*QUIET, f"--seed={args.seed}", *flags_of(method, tasks[: t + 1], checkpoint, here, args, log)]
         seconds.append(time.time() - begun)
-        halves = [(0.5, masked(0.75)), (0.5, [])] if method.endswith("+masked") else [(1, [])]
+        halves = [(0.5, masked(0.75)), (0.5, [B16])] if method.endswith("+masked") else [(1, [B16])]
         for i, (share, mask) in enumerate(halves):
             start = f"--init_from={checkpoint}"
             checkpoint, facts = train_for(60 * args.minutes * share, here / f"stage{i}", [*flags, start, *mask], log)
@@ -195,7 +195,7 @@ def main():
             *QUIET, f"--data={tasks[0]}", "--preset=demo", f"--seed={args.seed}", *masked(0.75),
             *["--class_cond"] * args.class_cond], log)
         checkpoint, _ = train_for(30 * args.minutes, folder / "stage1", [
-            *QUIET, f"--data={tasks[0]}", f"--seed={args.seed}", f"--init_from={pt}"], log)
+            *QUIET, B16, f"--data={tasks[0]}", f"--seed={args.seed}", f"--init_from={pt}"], log)
         row = distances(checkpoint, tasks[:1], folder, args, log)
         (folder / "first.json").write_text(json.dumps(dict(
             checkpoint=str(checkpoint), row=row, report=report_of(checkpoint, tasks, log))))

@@ -58,24 +58,27 @@ def two_stages(share, *flags):
     return row((share, flags), (1 - share, []))
 
 
-WHOLE = (0.5, [])  # the second half of the time, on whole images
+B16 = "--batch_size=16"  # of whole images, where 4 is the default today
+WHOLE = (0.5, [B16])  # the second half of the time
 BLOCK = masked(0.9, kind="block")
 WIDE = ["--p_mean=-0.4", "--p_std=1.6"]  # noise levels that decide the colours of the whole come more often
 DEMO = ["--preset=demo"]
-SMALL = ["--batch_size=4"]  # of whole images: from scratch far better than 8 or 16 in equal time
 CLAIMS = {
     # How much sooner is from-scratch quality there? The second row ends after half of the time.
     "speedup": dict(network=DEMO, rows={
-        "from scratch": row((1, SMALL), curve=True),
-        "two stages": row((0.6, BLOCK), (0.4, [*SMALL, *WIDE]), time=1 / 2, curve=True)}),
+        "from scratch": row((1, []), curve=True),
+        "two stages": row((0.6, BLOCK), (0.4, WIDE), time=1 / 2, curve=True)}),
     # What the two stages should be like, each for the same time.
     "recipe": dict(network=DEMO, rows={
         "from scratch": row((1, [])),
+        "from scratch, batch 2": row((1, ["--batch_size=2"])),
+        "from scratch, batch 16": row((1, [B16])),
         "from scratch, wide noise": row((1, WIDE)),
         **{f"0.9 for {name} of the time": two_stages(share, *BLOCK)
            for name, share in {"1/3": 1 / 3, "2/3": 2 / 3, "5/6": 5 / 6}.items()},
         "0.75 for 2/3": two_stages(2 / 3, *masked(0.75, kind="block")),
         "0.9 for 2/3, patches": two_stages(2 / 3, *masked(0.9)),
+        "0.9 for 2/3, batch 16": two_stages(2 / 3, *BLOCK, B16),
         "0.9 for 2/3, batch 96": two_stages(2 / 3, *BLOCK, "--batch_size=96"),
         "0.9 for 2/3, then wide noise": row((2 / 3, BLOCK), (1 / 3, WIDE)),
         "0.9 for 2/3, wide noise in both": row((2 / 3, [*BLOCK, *WIDE]), (1 / 3, WIDE)),
@@ -87,13 +90,13 @@ CLAIMS = {
         **{f"{name} of the images{', pre-trained' * bool(start)}": row((1, []), start=start, on=on)
            for name, on in {"10 %": "few", "100 %": "other"}.items() for start in (None, "pre-training")}}),
     "masks": dict(network=DEMO, rows={
-        f"{name} {ratio}": row((0.5, masked(ratio, *flags, kind=kind)), WHOLE)
+        f"{name} {ratio}": two_stages(0.5, *masked(ratio, *flags, kind=kind))
         for name, kind, flags in (("patch", "patch", []), ("block 2", "block", []),
                                   ("block 4", "block", ["--block_size=4"]), ("crop", "crop", []))
         for ratio in (0.1, 0.5, 0.9)}),
     # 256 patches at 32 px; six blocks on the tokens that pass through in all rows, MaskDiT's decoder on top.
     "decoder": dict(network=["--patch_size=2", "--dim=128", "--heads=4"], rows={
-        "from scratch": row((1, ["--depth=6"])),
+        "from scratch": row((1, ["--depth=6", B16])),
         "MaskDM 0.5": row((0.5, ["--depth=6", *masked(0.5)]), WHOLE),
         "MaskDM 0.75": row((0.5, ["--depth=6", *masked(0.75)]), WHOLE),
         "MaskDiT 0.5": row((0.5, ["--depth=6", *masked(0.5, *DECODER)]), WHOLE),
@@ -159,7 +162,7 @@ def train_for(seconds, out_dir, flags, log, curve=False, steps=None):
         call("train.py", *flags, "--eval_every=0", f"--out_dir={trial}", "--steps=102", "--log_every=2", log=log)
         timed = {r["step"]: r["seconds"] for r in records(trial) if "seconds" in r}
         steps = max(10, round(100 * seconds / (timed[102] - timed[2])))
-    every = max(10, steps // 60 * 10) if curve else 0  # six times
+    every = max(10, steps // 40 * 10) if curve else 0  # four times, and at the end
     begun = time.time()
     _, memory = call("train.py", *flags, f"--steps={steps}", f"--eval_every={every}", f"--keep_every={3 * every}",
                      log=log)
@@ -254,6 +257,8 @@ def run_row(name, seed, args):
     checkpoint = ready or (folder_of(args, way["start"], seed) / "final.pt" if way["start"] else None)
     network = claim["network"] + ([f"--patch_size={args.patch_size}"] if args.patch_size else [])
     for i, (share, flags) in enumerate(() if ready else way["stages"]):  # the network comes with a checkpoint
+        if args.batch_size:
+            flags = [f"--batch_size={args.batch_size * (12 if i + 1 < len(way['stages']) else 1)}", *flags]
         start = [f"--init_from={checkpoint}"] if checkpoint else network
         checkpoint, facts = train_for(args.unit * way["time"] * share, out_dir / f"stage{i + 1}", [
             f"--data={data_set(way['on'], args)}", f"--seed={seed}", *QUIET, *start, *flags], log, way["curve"],
@@ -391,6 +396,7 @@ def main():
     parser.add_argument("--start", help="a trained diffusion model, for consistency to tune")
     parser.add_argument("--size", type=int, help="pixels a side, for images that are not prepared")
     parser.add_argument("--patch_size", type=int, help="another one than the claim's")
+    parser.add_argument("--batch_size", type=int, help="of whole images; in first stages 12 times as many")
     parser.add_argument("--minutes", type=float, default=40, help="of the whole call")
     parser.add_argument("--each", type=float, help="minutes of training of each row, instead")
     parser.add_argument("--steps", type=int, help="of a row that starts from another, in place of a time: where steps "
@@ -407,7 +413,7 @@ def main():
     args.unit = 60 * (args.each or 0.6 * args.minutes / args.seeds / sum(r["time"] for r in rows.values()))
     about = dict(claim=args.claim, data=Path(args.data).name, other=args.other and Path(args.other).name,
                  start=args.start and Path(args.start).name, size=args.size, patch_size=args.patch_size,
-                 num=args.num, steps=args.steps, minutes=args.unit / 60)
+                 batch_size=args.batch_size, num=args.num, steps=args.steps, minutes=args.unit / 60)
     done = Path(args.out, args.claim + ".json")
     stored = json.loads(done.read_text()) if done.exists() else dict(about, results=[])
     if differ := [k for k in about if stored.get(k) != about[k]]:

@@ -70,7 +70,7 @@ def test_a_row_that_runs_once_is_where_all_seeds_start():
 def test_a_trained_model_stands_in_for_the_shared_start(tmp_path, monkeypatch):
     (tmp_path / "ft.pt").write_bytes(b"weights")
     args = type("Args", (), dict(out=str(tmp_path), claim="consistency", start=str(tmp_path / "ft.pt"), unit=60,
-                                 patch_size=None))
+                                 patch_size=None, batch_size=None))
     judged = []
     monkeypatch.setattr(reproduce, "distances", lambda checkpoint, *_: judged.append(checkpoint) or dict(fd=1.0))
     row = reproduce.run_row("diffusion", 0, args)
