@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -114,13 +115,17 @@ def test_a_run_that_misses_its_time_by_far_is_the_trial_of_another(tmp_path, mon
 def test_a_claim_runs_from_data_to_table_and_is_not_run_again(tmp_path):
     data = make_dataset(tmp_path / "set", n=30)
     command = [ROOT / "tests/reproduce.py", "speedup", "--data", data, "--seeds", "1", "--num", "8", "--each", "0.03",
-               "--patch_size", "2", "--out", tmp_path / "out"]
+               "--patch_size", "2", "--batch_size", "1", "--out", tmp_path / "out"]
     first = run(*command)
     assert first.returncode == 0, first.stderr
     stored = json.loads((tmp_path / "out/speedup.json").read_text())
+    for name, sizes in (("from-scratch", {"1"}), ("two-stages", {"12", "1"})):  # of whole and of masked images
+        log = (tmp_path / f"out/speedup/{name}-0/output.txt").read_text()
+        assert set(re.findall(r"batch_size = (\d+)", log)) == sizes
     assert [r["row"] for r in stored["results"]] == ["from scratch", "two stages"]
     scratch, two = stored["results"]
-    assert len(two["stages"]) == 2 and two["minutes"] == pytest.approx(0.01) and str(tmp_path) not in json.dumps(stored)
+    assert len(two["stages"]) == 2 and two["minutes"] == pytest.approx(0.015)
+    assert str(tmp_path) not in json.dumps(stored)
     times = [t for t, _ in reproduce.points(two, "curve")]
     assert times == sorted(times) and len(times) > 2 and all(math.isfinite(v) for _, v in two["stages"][0]["curve"])
     with Image.open(tmp_path / "out/speedup-samples.png") as lines:
