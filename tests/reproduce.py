@@ -64,7 +64,7 @@ BLOCK = masked(0.9, kind="block")
 WIDE = ["--p_mean=-0.4", "--p_std=1.6"]  # noise levels that decide the colours of the whole come more often
 DEMO = ["--preset=demo"]
 CLAIMS = {
-    # How much sooner is from-scratch quality there? The second row ends after half of the time.
+    # How much sooner is equal quality there? The second row ends after half of the time.
     "speedup": dict(network=DEMO, rows={
         "from scratch": row((1, []), curve=True),
         "two stages": row((0.6, BLOCK), (0.4, WIDE), time=1 / 2, curve=True)}),
@@ -154,26 +154,25 @@ def train_for(seconds, out_dir, flags, log, curve=False, steps=None):
     trial, the run was the trial of another one. With curve=True the facts have points [seconds of
     training, validation loss], and the checkpoint kept in the middle.
     """
-    given, planned = (out_dir, flags, log, curve), not steps
-    flags = [*flags, f"--out_dir={out_dir}", "--log_every=10"]
-    if planned:
+    command = ["train.py", *flags, f"--out_dir={out_dir}", "--log_every=10"]
+    n = steps
+    if not steps:
         trial = out_dir / "trial"
         # All of the trial but its first steps counts, because the steps of a mask schedule differ.
-        call("train.py", *flags, "--eval_every=0", f"--out_dir={trial}", "--steps=102", "--log_every=2", log=log)
+        call(*command, "--eval_every=0", f"--out_dir={trial}", "--steps=102", "--log_every=2", log=log)
         timed = {r["step"]: r["seconds"] for r in records(trial) if "seconds" in r}
-        steps = max(10, round(100 * seconds / (timed[102] - timed[2])))
-    every = max(10, steps // 40 * 10) if curve else 0  # four times, and at the end
+        n = max(10, round(100 * seconds / (timed[102] - timed[2])))
+    every = max(10, n // 40 * 10) if curve else 0  # four times, and at the end
     begun = time.time()
-    _, memory = call("train.py", *flags, f"--steps={steps}", f"--eval_every={every}", f"--keep_every={3 * every}",
-                     log=log)
+    _, memory = call(*command, f"--steps={n}", f"--eval_every={every}", f"--keep_every={3 * every}", log=log)
     found = records(out_dir)
     losses = {r["step"]: r["val_loss"] for r in found if "val_loss" in r}
     rates = [r for r in found if "images_per_s" in r]
-    if planned and not 2 / 3 < rates[-1]["seconds"] / seconds < 3 / 2:
+    if not steps and not 2 / 3 < rates[-1]["seconds"] / seconds < 3 / 2:
         shutil.rmtree(out_dir)
-        return train_for(seconds, *given, steps=max(10, round(steps * seconds / rates[-1]["seconds"])))
+        return train_for(seconds, out_dir, flags, log, curve, max(10, round(n * seconds / rates[-1]["seconds"])))
     checkpoint = max(out_dir.glob("??.pt"), key=os.path.getmtime)
-    facts = dict(steps=steps, images_per_s=rates[-1]["images_per_s"], seconds=rates[-1]["seconds"],
+    facts = dict(steps=n, images_per_s=rates[-1]["images_per_s"], seconds=rates[-1]["seconds"],
                  wall=time.time() - begun, peak_gb=memory, val_loss=losses[max(losses)])
     if curve:
         facts["curve"] = [[r["seconds"], losses[r["step"]]] for r in rates if r["step"] in losses]
@@ -257,8 +256,9 @@ def run_row(name, seed, args):
     checkpoint = ready or (folder_of(args, way["start"], seed) / "final.pt" if way["start"] else None)
     network = claim["network"] + ([f"--patch_size={args.patch_size}"] if args.patch_size else [])
     for i, (share, flags) in enumerate(() if ready else way["stages"]):  # the network comes with a checkpoint
-        if args.batch_size:
-            flags = [f"--batch_size={args.batch_size * (12 if i + 1 < len(way['stages']) else 1)}", *flags]
+        if args.batch_size:  # a row's own comes later, and counts
+            hidden = any(f.startswith("--mask_ratio=") for f in flags)
+            flags = [f"--batch_size={args.batch_size * (12 if hidden else 1)}", *flags]
         start = [f"--init_from={checkpoint}"] if checkpoint else network
         checkpoint, facts = train_for(args.unit * way["time"] * share, out_dir / f"stage{i + 1}", [
             f"--data={data_set(way['on'], args)}", f"--seed={seed}", *QUIET, *start, *flags], log, way["curve"],
@@ -395,7 +395,7 @@ def main():
     parser.add_argument("--start", help="a trained diffusion model, for consistency to tune")
     parser.add_argument("--size", type=int, help="pixels a side, for images that are not prepared")
     parser.add_argument("--patch_size", type=int, help="another one than the claim's")
-    parser.add_argument("--batch_size", type=int, help="of whole images; in first stages 12 times as many")
+    parser.add_argument("--batch_size", type=int, help="of whole images; of masked ones 12 times as many")
     parser.add_argument("--minutes", type=float, default=40, help="of the whole call")
     parser.add_argument("--each", type=float, help="minutes of training of each row, instead")
     parser.add_argument("--steps", type=int, help="of a row that starts from another, in place of a time: where steps "
