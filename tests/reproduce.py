@@ -75,6 +75,7 @@ CLAIMS = {
         "from scratch, batch 2": row((1, ["--batch_size=2"])),
         "from scratch, batch 16": row((1, [B16])),
         "from scratch, wide noise": row((1, WIDE)),
+        "from scratch, then wide noise": row((2 / 3, []), (1 / 3, WIDE)),
         **{f"0.9 for {name} of the time": two_stages(share, *BLOCK)
            for name, share in {"1/3": 1 / 3, "2/3": 2 / 3, "5/6": 5 / 6}.items()},
         "0.75 for 2/3": two_stages(2 / 3, *masked(0.75, kind="block")),
