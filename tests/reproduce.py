@@ -357,11 +357,10 @@ def time_ratios(results, slow="from scratch", fast="two stages"):
             ways = [points(found[way], key) for way in (slow, fast)]
             value = max(min(v for _, v in way) for way in ways)
             late, soon = (reached(way, value) for way in ways)
-            first = tuple(way[0][1] <= value for way in ways)
-            bounds = {(False, False): ("", "", ""), (True, False): ("≤ ", "", "≤ "), (False, True): ("", "≤ ", "≥ "),
-                      (True, True): ("≤ ", "≤ ", "? ")}[first]
-            cells = [f"{late:.0f} s", f"{soon:.0f} s", f"{late / soon:.1f}"]
-            lines.append(f"| {seed} | {name} | {value:.4g} | " + " | ".join(map("".join, zip(bounds, cells))) + " |")
+            early = tuple(way[0][1] <= value for way in ways)
+            sign = {(True, False): "≤ ", (False, True): "≥ ", (True, True): "? "}.get(early, "")
+            lines.append(f"| {seed} | {name} | {value:.4g} | {'≤ ' * early[0]}{late:.0f} s | "
+                         f"{'≤ ' * early[1]}{soon:.0f} s | {sign}{late / soon:.1f} |")
     return "\n".join(lines)
 
 
