@@ -1,6 +1,6 @@
 """Where the time of a training step goes, on this machine, as ratios within one run.
 
-python tests/bench.py                      # everything (about 20 minutes on two cores)
+python tests/bench.py                      # everything (about 35 minutes on two cores)
 python tests/bench.py steps --only demo    # sections (see --help), cases whose name contains a word
 
 Every case of a section runs in a process of its own, so that its peak memory is its own; times are
@@ -14,6 +14,7 @@ import json
 import math
 import mmap
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -22,7 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
@@ -294,6 +296,19 @@ def data(case):
     return dict(images_per_s=case["batch"] / seconds, batch_ms=seconds * 1e3, grown_mb=(peak_memory() - base) / 1e6)
 
 
+def demo(commands):
+    """README's first command without the set-up, in an empty folder: seconds of all, validation loss of each run."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.time()
+        for command in commands:
+            name, *flags = command.split()[1:]
+            subprocess.run([sys.executable, ROOT / name, *flags], cwd=folder, check=True, capture_output=True)
+        all_s = time.time() - start
+        records = [json.loads(line) for line in open(folder + "/out/log.jsonl")]
+    return dict(all_s=all_s, **{f"{r['run']}_{key}": r[key] for r in records for key in ("seconds", "val_loss")
+                                if key in r})  # the last of each run
+
+
 def big(n):
     return n if SMALL else 4 * n
 
@@ -345,6 +360,8 @@ CASES = {
         "512x13 64px ratio 0": dict(images=200_000, size=64, steps=8, flags=["--preset=maskdm-64", "--batch_size=8"]),
         "768x12 256px ratio 0.9": dict(images=12_000, size=256, steps=20, flags=[
             "--mask_ratio=0.9", "--preset=maskdm-256", "--batch_size=2", "--block_size=4"])},
+    "demo": {"README's first command": re.search("^python3 -m venv.*train.py.*$", (ROOT / "README.md").read_text(),
+                                                 re.MULTILINE)[0].split(" && ")[3:]},
 }
 
 
@@ -378,6 +395,14 @@ def summary(results):
                      f"| {r['step_ms'] / 1e3:.3g} s | {again} | {r['images_per_s']:.3g} | {r['mfu']:.0%} "
                      f"| {r['peak_gb']:.2g} GB |")
     return "\n".join(lines)
+
+
+def demo_table(results):
+    """The table of README from what --json stored of the section demo."""
+    lines = ["| all four scripts | stage 1 | validation loss | stage 2 | validation loss |", "|---" * 5 + "|"]
+    return "\n".join(lines + [
+        f"| {r['all_s'] / 60:.1f} min | {r['pt_seconds']:.0f} s | {r['pt_val_loss']:.4f} | {r['ft_seconds']:.0f} s "
+        f"| {r['ft_val_loss']:.4f} |" for r in results])
 
 
 def report(section, rows):

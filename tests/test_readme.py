@@ -23,6 +23,7 @@ MAKERS = {
     "levels": lambda r: continual.change_by_level(r["results"], r["first"]),
     "agreement": lambda r: label_agreement.table(r["results"]),
     "speed": lambda r: bench.summary(r["results"]),
+    "demo": lambda r: bench.demo_table(r["results"]),
 }
 
 
