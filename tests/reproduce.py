@@ -435,13 +435,15 @@ def main():
         if (seed and rows[name]["once"]) or any((r["row"], r["seed"]) == (name, seed) for r in results):
             continue
         try:
-            results.append(run_row(name, seed, args))
+            found = run_row(name, seed, args)
         except SystemExit as e:  # the others may run
             failed.append(f"{name}, seed {seed}: {e}")
             continue
+        results.append(found)
+        results.sort(key=lambda r: (list(rows).index(r["row"]), r["seed"]))
         done.write_text(json.dumps(stored, indent=1))
-        print(f"{name}, seed {seed}: validation loss {results[-1]['val_loss']}, random-feature FD "
-              + ", ".join(f"{d['fd']:.4g}" for d in results[-1]["drawn"]), file=sys.stderr, flush=True)
+        print(f"{name}, seed {seed}: validation loss {found['val_loss']}, random-feature FD "
+              + ", ".join(f"{d['fd']:.4g}" for d in found["drawn"]), file=sys.stderr, flush=True)
     print(table(results))
     picture(args, results)
     if any(way["curve"] for way in rows.values()):
