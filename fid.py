@@ -16,7 +16,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from argparse import BooleanOptionalAction
 from collections import OrderedDict
 from contextlib import suppress
@@ -32,6 +31,8 @@ from torch import nn
 from tqdm import tqdm
 
 import prepare_data
+import sample
+from prepare_data import need
 
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
@@ -156,8 +157,7 @@ def load_features(args):
             if not args.weights and not os.path.exists(path):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 torch.hub.download_url_to_file(WEIGHTS_URL, path, WEIGHTS_SHA256)  # all or nothing
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            net.load_state_dict(state, strict=True)
+            net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
             net.identity = f"fid {sha256(path)}"
     except Exception as e:  # noqa: BLE001 (the network, the disk, the file's bytes: all can fail)
         reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
@@ -195,33 +195,28 @@ def load_stats(path):
         kinds = {"n": int, "net": str, "image_size": str}  # not in other tools' files
         more = {k: kind(f[k].item()) for k, kind in kinds.items() if k in f}
         features = torch.from_numpy(np.float32(f["features"])) if "features" in f else None
-    if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not np.isfinite(sigma.sum() + mu.sum()):
-        raise ValueError(f"mu {mu.shape} and sigma {sigma.shape}, expected finite (D,) and (D, D)")
-    if not re.fullmatch(f"(({'|'.join(LABELS)}) [0-9a-f]+)?", more.get("net", "")):
-        raise ValueError(f"features of {more['net']!r}")
-    if more.get("n", 0) < 0:
-        raise ValueError(f"{more['n']} images")
-    if features is not None and (
-            features.shape != (more.get("n"), len(mu)) or not features.isfinite().all()):
-        raise ValueError(f"features {tuple(features.shape)} of {more.get('n')} images, or NaN")
+    n, net, given = more.get("n", 0), more.get("net", ""), features is not None
+    total = mu.sum() + sigma.sum() + (features.sum().item() if given else 0)
+    if (mu.ndim != 1 or sigma.shape != 2 * mu.shape or given and features.shape != (n, len(mu))
+            or not np.isfinite(total) or n < 0
+            or not re.fullmatch(f"(({'|'.join(LABELS)}) [0-9a-f]+)?", net)):
+        raise ValueError(f"mu {mu.shape}, sigma {sigma.shape}, features {np.shape(features)} of "
+                         f"{n} images by {net!r}, expected finite (D,), (D, D) and perhaps (n, D)")
     return {"mu": mu, "sigma": sigma, "features": features, **more}
 
 
 def save_stats(path, source):
     """An .npz that pytorch-fid and EDM read too (mu, sigma), written whole or not at all."""
-    saved = {k: getattr(source, k) for k in ("mu", "sigma", "n", "net", "image_size")}
-    if source.features is not None:
-        saved["features"] = source.features.numpy()
+    keys = ("mu", "sigma", "n", "net", "image_size", "features")
+    saved = {k: getattr(source, k) for k in keys if getattr(source, k) is not None}
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".") as folder:
-        np.savez(os.path.join(folder, "stats.npz"), **saved)
-        os.replace(os.path.join(folder, "stats.npz"), path)
+    sample.replace_file(path, lambda f: np.savez(f, **saved), os.getpid())
 
 
 def open_source(path, args):
     """Find out what `path` is. Nothing is measured yet."""
-    if not os.path.exists(path):
-        sys.exit(f"no source at {path}: give a folder, .zip, .tar or .npz, or a checkpoint")
+    need(os.path.exists(path),
+         f"no source at {path}: give a folder, .zip, .tar or .npz, or a checkpoint")
     if path.endswith((".pt", ".pth")):
         return checkpoint_source(path, args)
     if path.endswith(".npz"):
@@ -235,8 +230,6 @@ def open_source(path, args):
         about = {"kind": "images", "hash": sha256(path)}
         return Source(path, about, partial(read_images, path, args.num))
     data, _, meta = prepare_data.open_dataset(path, args.split)
-    if data.dtype != np.uint8:
-        sys.exit(f"{path} holds {data.dtype} latents, but FID needs images: decode them first")
     about = {"kind": "prepared", "split": args.split, "data_hash": meta["hash"],
              "hash": sha256(os.path.join(path, f"{args.split}.npy"))}
     return Source(path, about, lambda rank, world: data[rank : args.num : world])
@@ -244,22 +237,17 @@ def open_source(path, args):
 
 def read_images(path, num, rank, world):
     rejects = []
-    reader = prepare_data.iter_images(path, size=None, channels=3, rejects=rejects)
+    reader = prepare_data.iter_images(path, rejects=rejects)
     for _, image, _ in islice(reader, rank, num, world):
-        if image.dtype != np.uint8:
-            sys.exit(f"{path} holds {image.dtype} latents, but FID needs images: decode them first")
         yield image
     for name, reason in rejects:  # a figure without it would be of another set
-        if reason not in (prepare_data.CLUTTER, prepare_data.TEXT):
-            sys.exit(f"{path}: {str(name)!r} is no readable image ({reason}): mend or remove it")
+        need(reason == prepare_data.CLUTTER,
+             f"{path}: {str(name)!r} is no readable image ({reason}): mend or remove it")
 
 
 def checkpoint_source(path, args):
     """Samples of a checkpoint, drawn when they are needed; image i depends on (seed, i) alone."""
-    import sample  # only here: measuring images needs no model
     denoiser, checkpoint = sample.load_denoiser(path, args.ckpt_weights, args.device)
-    if sample.is_latent(denoiser.config):
-        sys.exit(f"{path} makes latents, but FID needs images: draw and decode samples first")
     settings = sample.sampling_settings(args, denoiser, checkpoint)
     about = {"kind": "checkpoint", "hash": sha256(path), "step": checkpoint["step"],
              "weights": args.ckpt_weights, **settings}
@@ -289,12 +277,14 @@ def measure(source, net, args):
     total, kept, sizes = None, [], set()
     for shape, alike in groupby(images, key=np.shape):
         while batch := list(islice(alike, args.batch_size)):  # the last one may be smaller
+            need(batch[0].dtype == np.uint8,
+                 f"{source.path} holds latents, but FID needs images: decode them first")
             x = torch.from_numpy(np.stack(batch)).to(args.device).expand(-1, -1, -1, 3)
             with torch.inference_mode():
                 y = net(x.permute(0, 3, 1, 2)).float().cpu()
-            if y.dim() != 2 or len(y) != len(x) or not y.isfinite().all():
-                sys.exit(f"{source.path}: features {tuple(y.shape)} of {len(x)} images, expected "
-                         "(B, D) without NaN: look at the images and the weights")
+            need(y.dim() == 2 and len(y) == len(x) and y.isfinite().all(),
+                 f"{source.path}: features {tuple(y.shape)} of {len(x)} images, expected (B, D) "
+                 "without NaN: look at the images and the weights")
             mean = y.double().mean(0)
             centred = y.double() - mean
             total = merge(total, (len(y), mean, centred.T @ centred))
@@ -305,8 +295,8 @@ def measure(source, net, args):
         dist.all_gather_object(parts, parts[rank])
     totals, kept, sizes = zip(*parts)
     n, mu, squares = reduce(merge, totals) or (0, None, None)
-    if n < 2 + 2 * args.keep:
-        sys.exit(f"{source.path} holds {n} image{'s' * (n != 1)}: FID needs 2 or more, pr 4")
+    need(n >= 2 + 2 * args.keep,
+         f"{source.path} holds {n} image{'s' * (n != 1)}: FID needs 2 or more, pr 4")
     source.n, source.mu, source.sigma = n, mu.numpy(), (squares / (n - 1)).numpy()
     source.net, source.image_size = net.identity, ", ".join(sorted(set().union(*sizes)))
     source.features = torch.empty(n, len(mu)) if args.keep else None
@@ -330,9 +320,8 @@ def measure_once(source, net, args):
     if found[0]:
         return vars(source).update(found[0])
     measure(source, net, args)
-    with suppress(OSError):  # a read-only place has no cache; "~": there is no home
-        if not path.startswith("~"):
-            save_stats(path, source)
+    with suppress(OSError):  # a read-only place has no cache
+        save_stats(path, source)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -387,61 +376,45 @@ def parse(argv):
     add("--features", default="inception", help="inception, random, or a TorchScript file")
     add("--weights", help="Inception weights (default: torch hub cache, else a download)")
     add("--metrics", default="fid", help="of fid,kid,pr (default: fid)")
-    add("--num", type=int, help="first so many images of each source (a checkpoint draws 10,000)")
+    add("--num", type=prepare_data.number(int, 2), help="first so many images of each source (a "
+        "checkpoint draws 10,000)")
     add("--split", choices=("train", "val"), default="train", help="of a prepared folder")
     add("--json", action="store_true", help="one JSON object as the last line of stdout")
     add("--stats", help="save mu and sigma of A in this .npz, for kid and pr also its features")
-    add("--batch_size", type=int, default=32)
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: float32")
     add("--cache", action=BooleanOptionalAction, default=True, help="of statistics, by content")
     add("--ckpt_weights", choices=("ema", "raw"), default="ema", help="of a checkpoint")
-    add("--sampler", choices=("heun", "euler", "churn", "consistency"), help="see sample.py")
-    add("--steps", type=int, help="of the sampler (default: by the kind of model, 18 or 1)")
-    add("--mid_sigma", type=float, help="second noise level of consistency sampling, see sample.py")
-    add("--cfg_scale", type=float, default=1.0, help="guidance scale, 1 for none")
-    add("--seed", type=int, default=0, help="of the samples and of KID's subsets")
+    sample.add_flags(parser, batch_size=32)
     args = parser.parse_args(argv)
     args.metrics = args.metrics.split(",")
     args.keep = args.metrics != ["fid"]
-    args.dtype = "float32" if args.dtype == "auto" else args.dtype
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
-    args.device = next(d for d in here if here[d]) if args.device == "auto" else args.device
-    for name, least in (("num", 2), ("batch_size", 1), ("steps", 1), ("seed", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            sys.exit(f"--{name} is {getattr(args, name)}, expected at least {least}")
-    for wrong, sentence in (
-        (not here[args.device], f"--device {args.device} is not available here: use --device auto"),
-        (not set(args.metrics) <= {"fid", "kid", "pr"}, "--metrics takes fid,kid,pr or some of it"),
-        (not args.b and not args.stats, f"one source, {args.a}: name a second, or give --stats"),
-        (args.stats and args.stats[-4:] != ".npz", f"--stats is {args.stats}, expected NAME.npz"),
-        (args.weights and args.features != "inception", "--weights goes with --features inception"),
-    ):
-        if wrong:
-            sys.exit(sentence)
+    args.device = sample.pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    need(set(args.metrics) <= {"fid", "kid", "pr"}, "--metrics takes fid,kid,pr or some of it")
+    need(args.b or args.stats, f"one source, {args.a}: name a second, or give --stats")
+    need((args.stats or ".npz").endswith(".npz"), f"--stats is {args.stats}, expected NAME.npz")
+    need(not args.weights or args.features == "inception", "--weights is for --features inception")
     return args
 
 
 def main(argv=None):
     args = parse(argv)
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")  # only results travel
     sources = [open_source(path, args) for path in (args.a, args.b) if path]
     todo = [s for s in sources if s.mu is None]
-    if args.keep and any(s.features is None for s in sources if s not in todo):
-        sys.exit("kid and pr need images, or statistics made with them: use --metrics fid")
+    need(not args.keep or all(s.mu is None or s.features is not None for s in sources),
+         "kid and pr need images, or statistics made with them: use --metrics fid")
     net = load_features(args) if todo else None
     for source in todo:
         try:
             measure_once(source, net, args)
         except RuntimeError as e:  # too little memory, or a TorchScript file for other images
             sys.exit(f"no features of {source.path}: {str(e)[-200:]!r}; try a smaller --batch_size")
-    if len({s.net for s in sources} - {""}) > 1 or len({len(s.mu) for s in sources}) > 1:
-        found = [(s.path, len(s.mu), s.net) for s in sources]
-        sys.exit(f"the features differ, {found}: measure both with the same --features")
+    found = [(s.path, len(s.mu), s.net) for s in sources]
+    need(len({s.net for s in sources} - {""}) <= 1 and len({len(s.mu) for s in sources}) == 1,
+         f"the features differ, {found}: measure both with the same --features")
     if dist.is_initialized():
         rank = dist.get_rank()
         dist.barrier()

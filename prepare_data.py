@@ -29,11 +29,11 @@ import tarfile
 import tempfile
 import zipfile
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import islice
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageOps, UnidentifiedImageError
@@ -54,22 +54,32 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings):
         form = argparse.RawDescriptionHelpFormatter
-        super().__init__(allow_abbrev=False, **{"formatter_class": form, **settings})
-
-    def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else list(args)
-        known = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
-        for flag in (arg.split("=")[0] for arg in args[: (args + ["--"]).index("--")]):
-            if re.match("--?[A-Za-z]", flag) and flag not in known.values():
-                near = difflib.get_close_matches(flag.replace("_", "-"), known, 1, 0.5)
-                hint = "".join(f", did you mean {known[flag]}?" for flag in near)
-                self.error(f"unknown flag {flag}{hint}")
-        return super().parse_known_args(args, namespace)
+        super().__init__(allow_abbrev=False, formatter_class=form, **settings)
 
     def error(self, message):
-        wrong = re.fullmatch(r"argument (\S+): invalid (\S+) value: (.*)", message, re.DOTALL)
-        message = "{0} is {2}, expected {1}".format(*wrong.groups()) if wrong else message
-        sys.exit(f"{self.prog}: {message} (--help lists the settings)")
+        flags, unknown = self._option_string_actions, re.match(r"unrecog.*: ([^\s=]+)", message)
+        near = difflib.get_close_matches(unknown[1], flags, 1, 0.5) if unknown else []
+        hint = f", did you mean {near[0]}?" if near else ""
+        sys.exit(f"{self.prog}: {message}{hint} (--help lists the settings)")
+
+
+def colour(name):
+    """An argparse type: what Pillow knows as a colour."""
+    ImageColor.getrgb(name)
+    return name
+
+
+def number(kind, low, below=math.inf):
+    """An argparse type: an int or a float, at least `low`."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value < below:
+            raise argparse.ArgumentTypeError(f"{text}, expected at least {low} and below {below}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
 
 
 def open_dataset(folder, split="train"):
@@ -78,31 +88,28 @@ def open_dataset(folder, split="train"):
     def check(fact, fault):
         need(fact, f"{folder} is damaged ({fault}): make it again with prepare_data.py --force")
 
-    files = [os.path.join(folder, f) for f in ("meta.json", f"{split}.npy", f"{split}_labels.npy")]
-    need(os.path.isfile(files[0]), f"{folder} is no prepared data set (it has no meta.json): make "
-         f"one with prepare_data.py SRC --out {folder}")
+    table, labelled = f"{folder}/meta.json", os.path.exists(f"{folder}/{split}_labels.npy")
+    need(os.path.isfile(table), f"{folder} is no prepared data set (it has no meta.json): make one "
+         f"with prepare_data.py SRC --out {folder}")
+    images = load_array(f"{folder}/{split}.npy")
+    labels = np.array(load_array(f"{folder}/{split}_labels.npy")) if labelled else None
     try:
-        with open(files[0], encoding="utf-8") as file:
-            meta = dict(json.load(file))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        check(False, f"meta.json cannot be read: {error}")
-    images = load_array(files[1])
-    labels = np.array(load_array(files[2])) if os.path.exists(files[2]) else None
-    shape, dtype = images.shape, str(images.dtype)
-    names, sigma = meta.get("class_names"), meta.get("sigma_data")
-    check(dtype in ("uint8", "float32") and len(shape) == 4 and min(shape) and shape[1] == shape[2]
-          and images.flags.c_contiguous, f"{split}.npy is {dtype} {shape}, not (N,size,size,C)")
-    found = {f"num_{split}": shape[0], "size": shape[1], "channels": shape[3], "dtype": dtype}
-    for key, value in found.items():
-        check(meta.get(key) == value, f"{key} is {meta.get(key)} in meta.json, {value} on disk")
-    check(type(sigma) is float and 0 < sigma < math.inf, f"sigma_data is {sigma} in meta.json")
-    check(isinstance(meta.get("hash"), str) and "class_names" in meta, "meta.json is not complete")
-    check((names is None) == (labels is None), "it has labels or class_names, but not both")
-    if labels is not None:
-        check(isinstance(names, list) and all(isinstance(n, str) for n in names),
-              "class_names in meta.json is not a list of names")
-        check(labels.dtype == np.int64 and labels.shape == shape[:1] and min(labels) >= 0
-              and max(labels) < len(names), f"{split}_labels.npy is not {shape[0]} class numbers")
+        with open(table, encoding="utf-8") as file:
+            meta = json.load(file)
+        names, sigma, digest = (meta[key] for key in ("class_names", "sigma_data", "hash"))
+        said = [meta[key] for key in (f"num_{split}", "size", "size", "channels", "dtype")]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        check(False, f"meta.json cannot be read: {type(error).__name__} {error}")
+    check(said == [*images.shape, str(images.dtype)] and images.size
+          and images.dtype in (np.uint8, np.float32),
+          f"{split}.npy is {images.dtype} {images.shape}, in meta.json it is {said}")
+    check(type(sigma) is float and 0 < sigma < math.inf and isinstance(digest, str),
+          f"sigma_data is {sigma} and hash {digest!r} in meta.json")
+    check(labelled == (names is not None), "it has labels or class_names, but not both")
+    check(not labelled or isinstance(names, list) and all(isinstance(name, str) for name in names)
+          and labels.dtype == np.int64 and labels.shape == images.shape[:1]
+          and min(labels) >= 0 and max(labels) < len(names),
+          f"{split}_labels.npy holds no number of a class name for each image")
     return images, labels, meta
 
 
@@ -126,8 +133,6 @@ def open_union(names, split="train"):
         for key in ("size", "channels", "dtype"):
             need(meta[key] == first[key], f"{name} has {key} {meta[key]}, but {names[0]} has "
                  f"{first[key]}: prepare them alike")
-    if len(opened) == 1:
-        return [opened[0][0]], opened[0][1], first
     classes = first["class_names"] or []
     numbered = [str(i) for i in range(len(classes))]  # of drawn images, as far as any was drawn
     if not all(m["class_names"] in (classes, numbered[: len(m["class_names"] or [])])
@@ -138,31 +143,26 @@ def open_union(names, split="train"):
     return [images for images, _, _ in opened], labels, meta
 
 
-def gather_patches(images, index, visible, patch_size, flip):
+def gather(sets, index, visible, patch_size, flip):
     """The visible patches of some images, and no other byte of them.
 
-    images (N, H, W, C) array or memmap, index (b,), visible (b, K) patch numbers, flip (b,) bool:
-    mirrored images, whose patch numbers count from the mirrored side. Returns (b, K, p*p*C).
+    sets: arrays or memmaps (N, H, W, C), whose images are numbered through; index (b,), visible
+    (b, K) patch numbers, flip (b,) bool: mirrored images, whose patch numbers count from the
+    mirrored side. Returns (b, K, p*p*C).
     """
-    n, size, _, channels = images.shape
+    _, size, _, channels = sets[0].shape
     p, g = patch_size, size // patch_size
-    patches = images.reshape(n, g, p, g, p, channels)  # a view: nothing is read yet
     row, col = visible // g, visible % g
     col = np.where(flip[:, None], g - 1 - col, col)
-    out = patches[index[:, None], row, :, col]  # (b, K, p, p, C)
+    out = np.empty((*visible.shape, p, p, channels), sets[0].dtype)
+    start = 0
+    for images in sets:
+        patches = images.reshape(-1, g, p, g, p, channels)  # a view: nothing is read yet
+        own = (start <= index) & (index < start + len(images))
+        out[own] = patches[index[own, None] - start, row[own], :, col[own]]
+        start += len(images)
     out[flip] = out[flip][:, :, :, ::-1]
     return out.reshape(*visible.shape, p * p * channels)
-
-
-def gather(sets, index, visible, patch_size, flip):
-    """`gather_patches` from several arrays that are numbered through."""
-    starts = np.cumsum([0] + [len(s) for s in sets])
-    which = np.searchsorted(starts, index, side="right") - 1
-    out = np.empty((*visible.shape, patch_size**2 * sets[0].shape[3]), sets[0].dtype)
-    for i, s in enumerate(sets):
-        own = which == i
-        out[own] = gather_patches(s, index[own] - starts[i], visible[own], patch_size, flip[own])
-    return out
 
 
 def choose_buffer(n, labels, size, seed):
@@ -180,20 +180,19 @@ def choose_buffer(n, labels, size, seed):
 
 
 class Source(NamedTuple):
-    names: Any  # path of every candidate inside the source, sorted
-    load: Callable  # index -> binary file, or array (H,W,C)
-    labels: Any = None  # class number of every candidate
-    class_names: Any = None
-    rejects: Any = ()  # (name, reason) of what can be left out without decoding it
-    size: Any = None  # side of the images, where the source has one
+    names: object  # path of every candidate inside the source, sorted
+    load: object  # index -> binary file, or array (H,W,C)
+    labels: object = None  # class number of every candidate
+    class_names: object = None
+    rejects: object = ()  # (name, reason) of what can be left out without decoding it
+    size: object = None  # side of the images, where the source has one
     num_val: int = 0  # so many at the end are the source's own test set
 
 
 KINDS = ".zip", ".tar", ".tar.gz", ".tgz", ".npy", ".npz"
-ARCHIVES = {".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
-TEXTS = {".txt", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html"}
+TEXTS = ".txt", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html"
 JUNK = {"__macosx", "thumbs.db", "desktop.ini"}
-CLUTTER, TEXT = "system clutter", "text, not an image"  # rejects that are no cause for alarm
+CLUTTER = "text or system clutter"  # a reason to leave out that is no cause for alarm
 
 
 def open_source(src, stack, labels=None, size=64, seed=0):
@@ -213,66 +212,57 @@ def open_source(src, stack, labels=None, size=64, seed=0):
 
 
 def list_files(src, stack):
-    """-> [(path, key, problem or None)] of a folder, zip or tar, and read(key) -> binary file."""
-    members = []
+    """-> {path: key} of all files in a folder, zip or tar, and read(key) -> binary file."""
     if os.path.isdir(src):
-        for top, folders, files in os.walk(src):
-            for path in (os.path.join(top, name) for name in folders + files):
-                problem = None if os.path.isfile(path) else "a link to a folder, or a special file"
-                if os.path.islink(path) or not os.path.isdir(path):
-                    members.append((os.path.relpath(path, src).replace(os.sep, "/"), path, problem))
-        return members, lambda path: open(path, "rb")
+
+        def read(path):
+            if not path.is_file():  # opening a pipe would wait for ever
+                raise ValueError("a link to a folder, or a special file")
+            return path.open("rb")
+
+        return {path.relative_to(src).as_posix(): path for path in Path(src).rglob("*")
+                if path.is_symlink() or not path.is_dir()}, read
 
     if src.lower().endswith(".zip"):
         # Given an open file, ZipFile leaves its closing to us; its own count is not thread-safe.
         archive = zipfile.ZipFile(stack.enter_context(io.FileIO(src)))
-        for info in archive.infolist():
-            large = info.file_size > min(MAX_FILE, (1 << 24) + 200 * info.compress_size)
-            problem = "a link" if info.external_attr >> 28 == 0o12 else None
-            if not info.is_dir():
-                members.append((info.filename.replace("\\", "/"), info,
-                                "a decompression bomb" if large else problem))
-        return members, lambda info: io.BytesIO(archive.read(info))
+
+        def read(info):
+            if info.file_size > MAX_FILE:
+                raise ValueError("a decompression bomb, or too large for an image")
+            return io.BytesIO(archive.read(info))
+
+        return {info.filename.replace("\\", "/"): info for info in archive.infolist()
+                if not info.is_dir()}, read
 
     if not src.lower().endswith(".tar"):  # files are read in order of path, and gzip cannot seek
-        src = unpack(gzip.GzipFile(src), os.path.getsize(src), stack)
+        src = unpack(gzip.GzipFile(src), stack)
+    found = {}
     with tarfile.open(src, "r:", encoding="utf-8", errors="surrogateescape") as archive:
         for info in iter(archive.next, None):
             archive.members.clear()  # or the headers of a million files pile up in memory
-            problem = None if info.isreg() and not info.sparse else "a link or a special file"
             if not info.isdir():
-                members.append((info.name, (info.size, info.offset_data),
-                                "too large for an image" if info.size > MAX_FILE else problem))
-    return members, lambda at: io.BytesIO(np.fromfile(src, np.uint8, at[0], offset=at[1]))
+                found[info.name] = info.size, info.offset_data
+    return found, lambda at: io.BytesIO(np.fromfile(src, np.uint8, at[0], offset=at[1]))
 
 
-def unpack(packed, size, stack):
-    """Copies an unpacked stream to a temporary file, unless it grows like a bomb -> its path."""
+def unpack(packed, stack):
+    """Copies an unpacked stream to a temporary file -> its path."""
     path = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), "unpacked.npy")
     with packed, open(path, "wb") as file:
-        while chunk := packed.read(1 << 20):
-            need(file.tell() < (1 << 30) + 200 * size, "a decompression bomb: refused to unpack it")
-            file.write(chunk)
+        shutil.copyfileobj(packed, file)
     return path
 
 
-def file_source(members, read):
-    """Judges files by their names and finds their classes."""
+def file_source(found, read):
+    """Chooses files by their names and finds their classes."""
     chosen, rejects = {}, []
-    for path, key, problem in members:
+    for path, key in found.items():
         name = posixpath.normpath(path)
-        parts, suffix = name.lower().split("/"), posixpath.splitext(name)[1].lower()
-        reasons = {
-            "its path leaves the archive": parts[0] in ("", "..") or parts[0][1:] == ":",
-            CLUTTER: any(part.startswith(".") or part in JUNK for part in parts),
-            problem: problem,
-            "an archive in the source: unpack it first": suffix in ARCHIVES,
-            "the same path a second time": name in chosen,
-            TEXT: suffix in TEXTS and parts[-1] != "dataset.json",
-        }
-        reason = next((reason for reason, holds in reasons.items() if holds), None)
-        if reason:
-            rejects.append((name, reason))
+        parts = name.lower().split("/")
+        hidden = any(part.startswith(".") or part in JUNK for part in parts)
+        if hidden or parts[-1].endswith(TEXTS) and parts[-1] != "dataset.json":
+            rejects.append((name, CLUTTER))
         else:
             chosen[name] = key
     batches = {posixpath.basename(name): key for name, key in chosen.items()}
@@ -293,25 +283,23 @@ def file_source(members, read):
             names = [n for n in names if n in given]
             labels, class_names = check_labels([given[n] for n in names], len(names), tables[0])
     else:  # the class is the innermost folder; one folder around everything is none
-        heads = {n.split("/")[0] if "/" in n else "" for n in names}
-        wrap = len(max(heads)) + 1 if len(heads) == 1 and "" not in heads else 0
-        folders = [posixpath.basename(posixpath.dirname(n[wrap:])) or "." for n in names]
+        paths = [name.split("/")[:-1] for name in names]
+        outer = 1 if len({"".join(path[:1]) for path in paths}) == 1 else 0
+        folders = [[".", *path[outer:]][-1] for path in paths]
         if set(folders) - {"."}:
             class_names = sorted(set(folders))
-            number = {name: i for i, name in enumerate(class_names)}
-            labels = [number[folder] for folder in folders]
+            order = {name: i for i, name in enumerate(class_names)}
+            labels = [order[folder] for folder in folders]
     return Source(names, lambda i: read(chosen[names[i]]), labels, class_names, rejects)
 
 
 class SafeUnpickler(pickle.Unpickler):
-    """Admits what arrays and byte strings are made of, so that no pickle can run anything."""
+    """Admits what arrays are made of, so that no pickle can run anything."""
 
     def find_class(self, module, name):
-        safe = {"ndarray": np.ndarray, "dtype": np.dtype, "encode": str.encode,
-                "_reconstruct": np.empty(0).__reduce__()[0],
-                "_frombuffer": np.empty(0).__reduce_ex__(5)[0]}
+        safe = "ndarray", "dtype", "_reconstruct", "_frombuffer", "encode"
         if module.split(".")[0] in ("numpy", "_codecs") and name in safe:
-            return safe[name]
+            return super().find_class(module, name)
         raise pickle.UnpicklingError(f"refused, because it asks for {module}.{name}")
 
 
@@ -319,18 +307,15 @@ def cifar_source(files, read):
     """The python archive of CIFAR-10; its test batch becomes val.npy."""
 
     def unpickle(name):
-        table = SafeUnpickler(read(files[name]), encoding="latin1").load()
-        return {k.decode() if isinstance(k, bytes) else k: v for k, v in table.items()}
+        return SafeUnpickler(read(files[name]), encoding="latin1").load()
 
     names = sorted(name for name in files if name.startswith("data_batch_")) + ["test_batch"]
     batches = [unpickle(name) for name in names]
     pixels = np.concatenate([np.asarray(b["data"], np.uint8) for b in batches])
     pixels = pixels.reshape(-1, 3, 32, 32)
-    words = unpickle("batches.meta")["label_names"]
-    words = [word.decode() if isinstance(word, bytes) else str(word) for word in words]
-    labels = np.concatenate([b["labels"] for b in batches])
-    return Source(range(len(pixels)), lambda i: pixels[i].transpose(1, 2, 0),
-                  *check_labels(labels, len(pixels), "the archive", words),
+    labels, class_names = check_labels(np.concatenate([b["labels"] for b in batches]), len(pixels),
+                                       "the archive", unpickle("batches.meta")["label_names"])
+    return Source(range(len(pixels)), lambda i: pixels[i].transpose(1, 2, 0), labels, class_names,
                   size=32, num_val=len(batches[-1]["data"]))
 
 
@@ -339,10 +324,9 @@ def array_source(path, stack, labels=None):
     file, class_names = path, None
     if path.lower().endswith(".npz"):
         archive = stack.enter_context(zipfile.ZipFile(path))
-        inside = {info.filename: info.compress_size for info in archive.infolist()}
-        names = ["arr_0.npy"] + ["arr_1.npy"] * ("arr_1.npy" in inside and labels is None)
-        file, *own = [unpack(archive.open(name), inside[name], stack) for name in names]
-        labels = own[0] if own else labels
+        file = unpack(archive.open("arr_0.npy"), stack)
+        if labels is None and "arr_1.npy" in archive.namelist():
+            labels = unpack(archive.open("arr_1.npy"), stack)
     array = load_array(file)
     n, *shape = array.shape if array.ndim == 4 else (0,)
     latents = array.dtype.kind == "f"
@@ -373,8 +357,7 @@ FORMATS = {"PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "AV
 FORMATS = sorted(FORMATS & set(Image.OPEN))
 
 
-def iter_images(src, size=None, channels=3, fit="crop", background="white", rejects=None,
-                workers=None):
+def iter_images(src, size=None, channels=3, fit="crop", background="white", rejects=None):
     """Yields (name, uint8 (H,W,channels), label or None) in order of path, from a folder, archive,
     array file or Source; latents as they are. Threads decode a few images ahead (Pillow and zlib
     work outside the interpreter's lock), so memory stays flat. rejects gets (name, reason)."""
@@ -391,10 +374,9 @@ def iter_images(src, size=None, channels=3, fit="crop", background="white", reje
     with ExitStack() as stack:
         source = src if isinstance(src, Source) else open_source(src, stack)
         rejects += source.rejects
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        pool, todo = ThreadPoolExecutor(workers or cores), iter(range(len(source.names)))
+        pool, todo = ThreadPoolExecutor(), iter(range(len(source.names)))
         stack.callback(pool.shutdown, cancel_futures=True)
-        ahead = deque(pool.submit(decode, i) for i in islice(todo, 8 * (workers or cores)))
+        ahead = deque(pool.submit(decode, i) for i in islice(todo, 64))
         while ahead:
             i, pixels = ahead.popleft().result()
             ahead.extend(pool.submit(decode, j) for j in islice(todo, 1))  # one out, one in
@@ -412,7 +394,7 @@ def to_pixels(item, size, channels, fit, background):
             raise ValueError(f"a latent of side {item.shape[0]} cannot be resized or infinite")
         return item
     if isinstance(item, np.ndarray):
-        image = Image.fromarray(item[..., 0] if item.shape[2] == 1 else np.ascontiguousarray(item))
+        image = to_image(item)
     else:
         with item:
             image = Image.open(item, formats=FORMATS)
@@ -428,16 +410,20 @@ def to_pixels(item, size, channels, fit, background):
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     image = image.convert("RGB")
 
-    if size and image.size != (size, size):
+    if size and fit == "crop":
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        if fit == "crop":
-            image = image.crop((left, top, left + side, top + side))
-        if fit == "pad":
-            image = ImageOps.pad(image, (size, size), Image.Resampling.LANCZOS, background)
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.LANCZOS)
+        image = image.crop((left, top, left + side, top + side))
+    if size and fit == "pad":
+        image = ImageOps.pad(image, (size, size), Image.Resampling.LANCZOS, background)
+    elif size:  # one of this size stays as it is
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(image) if channels == 3 else np.asarray(image.convert("L"))[..., None]
+
+
+def to_image(pixels):
+    """uint8 (H,W,C), C = 1, 3 or 4 -> a picture of Pillow."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
 def image_grid(images, columns=None):
@@ -450,7 +436,7 @@ def image_grid(images, columns=None):
     for i, image in enumerate(images):
         y, x = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
         sheet[y:y + height, x:x + width] = image
-    return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
+    return to_image(sheet)
 
 
 # ---- The built-in data: faces.
@@ -590,36 +576,26 @@ def prepare(src=None, out=None, size=None, channels=3, fit="crop", background="w
     title = "built-in faces" if src is None else os.path.basename(os.path.realpath(src))
     shown = os.fspath(out or os.path.join("data", "faces" if src is None else title.split(".")[0]))
     out = os.path.realpath(shown)  # behind a link, the folder itself is replaced
-    work, old = f"{out}.{os.getpid()}.tmp", f"{out}.{os.getpid()}.old"
-    need(size is None or 0 < size <= 4096, f"--size is {size}, expected 1 to 4096")
-    need(0 <= val_frac < 1, f"--val_frac is {val_frac}, expected 0 to below 1")
-    need(seed >= 0, f"--seed is {seed}, expected 0 or more")
     try:
-        ImageColor.getrgb(background)
-    except ValueError:
-        sys.exit(f"--background is {background!r}, expected a colour like white or '#ffcc00'")
-
-    if os.path.exists(out):
-        need(os.path.isdir(out), f"{shown} is a file: --out must name a folder")
-        inside = os.listdir(out)
+        inside = os.listdir(out) if os.path.exists(out) else []
         need(force or not inside, f"{shown} exists: --force replaces it, --out names another place")
         need(set(inside) <= OUTPUTS and not os.path.realpath(src or "").startswith(out + os.sep),
              f"{shown} holds more than a data set, which would be lost: choose another --out")
-    try:
+        os.makedirs(os.path.dirname(out), exist_ok=True)
         with ExitStack() as stack:
+            place = tempfile.TemporaryDirectory(dir=os.path.dirname(out), suffix=".tmp")
+            work, old = (os.path.join(stack.enter_context(place), name) for name in ("new", "old"))
+            os.mkdir(work)
             source = open_source(src, stack, labels, size or 64, seed)
-            os.makedirs(work)
-            stack.callback(shutil.rmtree, work, ignore_errors=True)
             settings = {"size": size or source.size or 64, "channels": channels, "fit": fit,
                         "background": background}
             meta = write(source, work, title, settings, val_frac, strict, seed)
             if preview and meta["dtype"] == "uint8":
                 image_grid(load_array(f"{work}/train.npy")[:100]).save(f"{work}/preview.png")
-            if force and os.path.exists(out):
+            if os.path.exists(out):
                 os.rename(out, old)
                 stack.callback(lambda: os.path.exists(out) or os.rename(old, out))
             os.rename(work, out)
-        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         sys.exit(f"cannot write {shown} ({error.strerror or error}): nothing there was changed")
     print(f"{shown}: {meta['num_train']} training and {meta['num_val']} validation images of side "
@@ -632,13 +608,12 @@ def write(source, work, title, settings, val_frac, strict, seed):
     rejects, kept, digest, sigma = [], [], hashlib.sha256(), 0.5
     with open(f"{work}/raw", "w+b") as raw:
         images = iter_images(source, rejects=rejects, **settings)
-        images = tqdm(images, title, len(source.names), unit=" images", mininterval=1)
-        for _, image, label in images:
+        for _, image, label in tqdm(images, title, len(source.names), unit=" images"):
             raw.write(image)
             kept.append(label)
         for name, reason in rejects[:20]:
             print(f"  rejected {str(name)!r}: {reason}", file=sys.stderr)
-        count, harmful = len(kept), sum(why not in (CLUTTER, TEXT) for _, why in rejects)
+        count, harmful = len(kept), sum(reason != CLUTTER for _, reason in rejects)
         found = f"{title}: {len(rejects)} of {len(rejects) + count} files rejected"
         print(found, file=sys.stderr)
         need(count, f"{found}, no image is left: expected files like .png, .jpg or .webp")
@@ -652,16 +627,18 @@ def write(source, work, title, settings, val_frac, strict, seed):
 
         def row(i):
             raw.seek(i * image.nbytes)
-            return raw.read(image.nbytes)
+            pixels = raw.read(image.nbytes)
+            digest.update(pixels)
+            return pixels
 
         train, val = order[: count - held], order[count - held :] or order  # a single one is both
         for split, rows in ("train", train), ("val", val):
-            shape = len(rows), *image.shape
-            save_npy(f"{work}/{split}.npy", image.dtype, shape, map(row, rows), digest)
+            with open(f"{work}/{split}.npy", "wb") as file:
+                write_npy(file, image.dtype, (len(rows), *image.shape), map(row, rows))
             if source.labels:
                 numbers = np.array([kept[i] for i in rows], np.int64)
-                shape = numbers.shape
-                save_npy(f"{work}/{split}_labels.npy", numbers.dtype, shape, [numbers], digest)
+                np.save(f"{work}/{split}_labels.npy", numbers)
+                digest.update(numbers)
     os.remove(f"{work}/raw")
     if image.dtype == np.float32:  # latents
         values = map(np.float64, load_array(f"{work}/train.npy"))
@@ -677,36 +654,29 @@ def write(source, work, title, settings, val_frac, strict, seed):
     }
     with open(f"{work}/meta.json", "w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
     return meta
 
 
-def save_npy(path, dtype, shape, rows, digest):
-    """Written row by row, because the pages of a memmap would count as memory in use."""
-    with open(path, "wb") as file:
-        header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        for row in rows:
-            file.write(row)
-            digest.update(row)
-        file.flush()
-        os.fsync(file.fileno())
+def write_npy(file, dtype, shape, rows):
+    """Row by row, because the pages of a memmap would count as memory in use."""
+    header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    for row in rows:
+        file.write(row)
 
 
 def main(argv=None):
     parser = Parser(description=__doc__)
-    add = parser.add_argument
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
     add("src", nargs="?", metavar="SRC", help="folder, .zip, .tar(.gz), .npy or .npz; none: faces")
     add("--out", help="folder to write (data/NAME_OF_SRC)")
-    add("--size", type=int, help="side of the images (64; arrays of images keep theirs)")
+    add("--size", type=number(int, 1, 4097), help="side of an image (64; arrays keep theirs)")
     add("--channels", type=int, choices=(1, 3), default=3, help="1 is greyscale (%(default)s)")
     add("--fit", choices=("crop", "pad", "stretch"), default="crop", help="to square (%(default)s)")
-    add("--background", default="white", help="behind transparency and padding (%(default)s)")
-    add("--val_frac", type=float, default=0.05, help="fraction held out as val.npy (%(default)s)")
+    add("--background", type=colour, default="white", help="behind transparency and padding")
+    add("--val_frac", type=number(float, 0, 1), default=0.05, help="share of val.npy (%(default)s)")
     add("--labels", help="labels.npy, integers (N,), for a source that is an array")
-    add("--seed", type=int, default=0, help="of the shuffle and of the faces (%(default)s)")
-    flag = argparse.BooleanOptionalAction
+    add("--seed", type=number(int, 0), default=0, help="of the shuffle and the faces (%(default)s)")
     add("--strict", action=flag, default=False, help="any rejected file is an error")
     add("--force", action=flag, default=False, help="replace an existing data set")
     add("--preview", action=flag, default=False, help="add a contact sheet, preview.png")

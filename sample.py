@@ -18,14 +18,14 @@ import shutil
 import sys
 import time
 import zipfile
+from argparse import ArgumentTypeError
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from model import denoiser_from_checkpoint, load_checkpoint, patchify, unpatchify
-from prepare_data import Parser, image_grid
+from prepare_data import Parser, image_grid, need, number, to_image, write_npy
 
 SAMPLERS = ("heun", "euler", "churn", "consistency")
 
@@ -62,19 +62,15 @@ def noise_levels(config, sampler=None, steps=None, mid_sigma=0.821):
     is all that it can do. Exits with a sentence on what the model cannot do.
     """
     m = config.cm_segments
-    if not 0 < mid_sigma < 80:
-        sys.exit(f"--mid_sigma is {mid_sigma}, expected a noise level between 0 and 80")
     if m > 1:
-        if sampler not in (None, "euler") or steps not in (None, m):
-            sys.exit(f"this consistency model of {m} segments is sampled by euler in {m} steps: "
-                     "leave --sampler and --steps out")
+        need(sampler in (None, "euler") and steps in (None, m), f"this consistency model of {m} "
+             f"segments is sampled by euler in {m} steps: leave --sampler and --steps out")
         return "euler", segment_edges(m)
-    if m == 1 and sampler not in (None, "consistency"):
-        sys.exit(f"--sampler {sampler} is for diffusion models, and this is a consistency model: "
-                 "leave it out")
+    need(m == 0 or sampler in (None, "consistency"), f"--sampler {sampler} is for diffusion models,"
+         " and this is a consistency model: leave it out")
     if m == 1 or sampler == "consistency":
-        levels = np.geomspace(80.0, mid_sigma, steps) if (steps or 1) > 1 else [80.0]
-        return "consistency", torch.tensor([*levels, 0.0], dtype=torch.float64)
+        levels = [*np.geomspace(80.0, mid_sigma, steps or 1), 0.0]
+        return "consistency", torch.tensor(levels, dtype=torch.float64)
     return sampler or "heun", edm_sigmas(steps or 18)
 
 
@@ -83,18 +79,15 @@ def sampling_settings(args, denoiser, checkpoint, guide=None):
 
     Exits with a sentence if the model cannot be guided as asked; `guide` is a denoiser or None.
     """
-    by_null = args.cfg_scale != 1 and guide is None
-    if guide is not None and args.cfg_scale == 1:
-        sys.exit("--guide_ckpt does nothing at --cfg_scale 1: give a scale above 1, such as 2")
-    if by_null and not denoiser.config.num_classes:
-        sys.exit("--cfg_scale needs a model with classes (train it with --class_cond) or, in "
-                 "sample.py, a --guide_ckpt")
-    if by_null and not checkpoint["config"].get("label_dropout", 0.1):
-        sys.exit("--cfg_scale needs the null class, which this model never saw: train it with a "
-                 "--label_dropout above 0, such as 0.1")
-    mid = args.mid_sigma
-    if mid is None:  # ECT's second noise level, by the preset that the model was tuned with
-        mid = {"imagenet64": 1.526}.get(checkpoint["config"].get("cm_preset"), 0.821)
+    trained = checkpoint["config"]
+    need(guide is None or args.cfg_scale != 1,
+         "--guide_ckpt does nothing at --cfg_scale 1: give a scale above 1, such as 2")
+    by_null = denoiser.config.num_classes and trained.get("label_dropout", 0.1)
+    need(args.cfg_scale == 1 or guide is not None or by_null,
+         "--cfg_scale needs a model with classes that saw the null class, too (train it with "
+         "--class_cond and a --label_dropout above 0), or sample.py's --guide_ckpt")
+    # ECT's second noise level, by the preset that the model was tuned with
+    mid = args.mid_sigma or {"imagenet64": 1.526}.get(trained.get("cm_preset"), 0.821)
     sampler, sigmas = noise_levels(denoiser.config, args.sampler, args.steps, mid)
     return dict(seed=args.seed, sampler=sampler, steps=len(sigmas) - 1, mid_sigma=mid,
                 cfg_scale=args.cfg_scale)
@@ -168,9 +161,9 @@ def load_denoiser(path, weights="ema", device="cpu", like=None, also=()):
     checkpoint = load_checkpoint(path)
     denoiser = denoiser_from_checkpoint(checkpoint, weights).to(device).eval()
     same = ("image_size", "channels", "patch_size", "num_classes", "cm_segments", *also)
-    if like and (differ := [k for k in same if getattr(denoiser.config, k) != getattr(like, k)]):
-        sys.exit(f"{path} differs in {', '.join(differ)} from the model it is to help: give an "
-                 "earlier checkpoint of the same run, or that of --init_from")
+    differ = [k for k in same if like and getattr(denoiser.config, k) != getattr(like, k)]
+    need(not differ, f"{path} differs in {', '.join(differ)} from the model it is to help: give an "
+         "earlier checkpoint of the same run, or that of --init_from")
     return denoiser.requires_grad_(False), checkpoint
 
 
@@ -182,12 +175,12 @@ def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0
 
     images: numpy uint8 (b, H, W, C); float32 for a model of latents (where sigma_data is not 0.5 or
     channels are not 1 or 3). `labels`: class numbers that are cycled over the image indices (by
-    default those that the model was trained on); ignored without classes. Sampler and steps: see
-    `noise_levels`; guidance: see `guided`. The image of an index depends on (seed, index).
+    default those that the model was trained on). Sampler and steps: see `noise_levels`; guidance:
+    see `guided`. The image of an index depends on (seed, index).
     """
     c = denoiser.config
     device = next(denoiser.parameters()).device
-    labels = list(labels or c.known_classes or range(c.num_classes))
+    labels = labels_to_draw(c, labels)
     sampler, sigmas = noise_levels(c, sampler, steps, mid_sigma)
     for start in range(0, len(indices), batch_size):
         batch = list(indices[start : start + batch_size])
@@ -210,6 +203,15 @@ def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0
         yield batch, images.numpy()
 
 
+def labels_to_draw(config, labels=None):
+    """`labels`, or else those that the model knows; exits if it has no such class."""
+    classes = range(config.num_classes)
+    labels = list(labels or config.known_classes or classes)
+    known = f"has classes 0 to {len(classes) - 1}" if classes else "is one without classes"
+    need(set(labels) <= set(classes), f"--labels does not fit the model, which {known}")
+    return labels
+
+
 def is_latent(config):
     """Whether the model's data are float latents rather than 8-bit images."""
     return config.channels not in (1, 3) or config.sigma_data != 0.5
@@ -226,35 +228,42 @@ def write_all(out, batches, num, batch_size, describe, rank, world):
     work is cut into batches that are the same for any number of processes; what lies in the work
     folder is not made again. No collectives: a process only watches for the others' files.
     """
-    is_folder = os.path.splitext(out)[1] not in (".npz", ".npy")
+    is_folder = not out.endswith((".npz", ".npy"))
     work = out if is_folder else out + ".parts"
     recipe = os.path.join(work, "sampling.json")
     os.makedirs(work, exist_ok=True)
     found = os.listdir(work)  # before the look at the recipe, which every process writes first
     if os.path.exists(recipe):
         with open(recipe) as f:
-            if json.load(f) != describe:
-                sys.exit(f"{work} holds samples of another recipe: remove it or give another --out")
-    elif any(not name.startswith("sampling.json") for name in found):
-        sys.exit(f"{work} is a folder with other files in it: choose another --out")
+            need(json.load(f) == describe,
+                 f"{work} holds samples of another recipe: remove it or give another --out")
+    else:
+        need(all(name.startswith("sampling.json") for name in found),
+             f"{work} is a folder with other files in it: choose another --out")
     replace_file(recipe, lambda f: f.write(json.dumps(describe).encode()), rank)
 
+    kind, each = ("png", 1) if is_folder else ("npy", batch_size)  # of a file, images in it
+
     def files(chunk):
-        if is_folder:
-            return [os.path.join(work, f"{i:06d}.png") for i in chunk]
-        return [os.path.join(work, f"{chunk[0]:08d}.npy")]
+        return [f"{work}/{i:06d}.{kind}" for i in chunk[::each]]
+
+    def save(file, image):
+        to_image(image).save(file, "PNG") if is_folder else np.save(file, image)
 
     chunks = [range(i, min(i + batch_size, num)) for i in range(0, num, batch_size)]
     todo = [c for c in chunks[rank::world] if not all(map(os.path.exists, files(c)))]
     for chunk in tqdm(todo, desc="sampling", unit="batch", disable=rank > 0):
         for _, images in batches(chunk):
+            if images.dtype != np.uint8:  # latents go out as they came in
+                images = images.transpose(0, 3, 1, 2)
             for path, image in zip(files(chunk), images if is_folder else [images]):
-                save = save_png if is_folder else np.save
                 replace_file(path, lambda f: save(f, image), rank)
     if rank > 0 or is_folder:
         return
-    wait_for([f for c in chunks for f in files(c)])
-    join_parts([files(c)[0] for c in chunks], num, out, describe.get("labels"))
+    parts = [files(chunk)[0] for chunk in chunks]
+    while not all(map(os.path.exists, parts)):  # those of the other processes
+        time.sleep(0.2)
+    replace_file(out, lambda f: join_parts(f, out, parts, num, describe["labels"]))
     shutil.rmtree(work)
 
 
@@ -266,45 +275,18 @@ def replace_file(path, write, rank=0):
     os.replace(temporary, path)
 
 
-def save_png(file, image):
-    """image uint8 (H, W, 1 or 3)."""
-    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(file, "PNG")
-
-
-def wait_for(paths, minutes=60):
-    """Wait until the other processes have written their files; fails when none comes any more."""
-    missing, since = paths, time.time()
-    while missing:
-        still = [p for p in missing if not os.path.exists(p)]
-        since = time.time() if len(still) < len(missing) else since
-        if time.time() - since > 60 * minutes:
-            sys.exit(f"no file came for {minutes} minutes, {still[0]} is missing: run this again")
-        missing = still
-        time.sleep(0.2 if still else 0)
-
-
-def join_parts(parts, num, out, labels):
-    """Concatenate .npy parts into `out`, with memory for one part only."""
-    first = np.load(parts[0], mmap_mode="r", allow_pickle=False)
-    joined = parts[0] + ".joined"
-    shape, nchw = (num, *first.shape[1:]), first.dtype != np.uint8
-    if nchw:  # latents go out as they came in
-        shape = (num, first.shape[3], *first.shape[1:3])
-    array = np.lib.format.open_memmap(joined, "w+", first.dtype, shape)
-    position = 0
-    for part in parts:
-        images = np.load(part, allow_pickle=False)
-        array[position : position + len(images)] = images.transpose(0, 3, 1, 2) if nchw else images
-        position += len(images)
-    array.flush()
+def join_parts(file, out, parts, num, labels):
+    """Write .npy parts as one array, or what np.savez makes of it, with memory for one part."""
+    first = np.load(parts[0], mmap_mode="r")
+    array = first.dtype, (num, *first.shape[1:]), map(np.load, parts)
     if out.endswith(".npy"):
-        return os.replace(joined, out)
-    with zipfile.ZipFile(joined + ".zip", "w") as z:  # what np.savez writes, streamed
-        z.write(joined, "arr_0.npy")
+        return write_npy(file, *array)
+    with zipfile.ZipFile(file, "w") as z:
+        with z.open("arr_0.npy", "w", force_zip64=True) as f:
+            write_npy(f, *array)
         if labels:
             with z.open("arr_1.npy", "w") as f:
-                np.save(f, np.array([labels[i % len(labels)] for i in range(num)]))
-    os.replace(joined + ".zip", out)
+                np.save(f, np.resize(labels, num))  # cycled
 
 
 def save_grid(path, images, columns=None):
@@ -319,82 +301,70 @@ def save_grid(path, images, columns=None):
 # ---------------------------------------------------------------------------------------------
 
 
-def parse_labels(text, num_classes, known=()):
-    """"0,1,2" -> [0, 1, 2]; exits if a label is not a class of the model. None: those known."""
-    if text is None:
-        return list(known or range(num_classes))
-    if not num_classes:
-        sys.exit("--labels was given, but this is a model without classes: leave it out")
-    try:
-        labels = [int(part) for part in text.split(",")]
-    except ValueError:
-        sys.exit(f"--labels is {text!r}, expected whole numbers with commas, such as 0,1,2")
-    wrong = [v for v in labels if not 0 <= v < num_classes]
-    if wrong:
-        sys.exit(f"--labels has {wrong[0]}, but the model's classes are 0 to {num_classes - 1}")
-    return labels
+def whole_numbers(text):
+    """An argparse type: "0,1,2" -> [0, 1, 2]."""
+    return [int(part) for part in text.split(",")]
 
 
-def parse_interval(text):
-    """"0.2,5" -> (0.2, 5.0); exits with a sentence if that is no interval."""
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        low, high = 1, 0
+def interval(text):
+    """An argparse type: "0.2,5" -> [0.2, 5.0]."""
+    low, high = (float(part) for part in text.split(","))
     if not 0 <= low < high:
-        sys.exit(f"--cfg_interval is {text!r}, expected two noise levels, low then high: 0.2,5")
+        raise ArgumentTypeError(f"{text}, expected two noise levels, low then high: 0.2,5")
     return [low, high]
 
 
 def pick_device(name, local_rank=0):
     """auto -> cuda, else mps, else cpu, as a torch.device; exits if that asked for is not there."""
-    mps = torch.backends.mps.is_available()
-    here = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     if name == "auto":
-        name = next(d for d, available in here.items() if available)
-    if not here[name]:
-        sys.exit(f"--device {name} is not available here: use --device auto")
+        name = next(d for d in here if here[d])
+    need(here[name], f"--device {name} is not available here: use --device auto")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def add_flags(parser, batch_size):
+    """The flags of drawing samples that fid.py has, too; `sampling_settings` reads most of them."""
+    add = parser.add_argument
+    add("--steps", type=number(int, 1), help="of the sampler (by the kind of model, 18 or 1)")
+    add("--sampler", choices=SAMPLERS, help="default: by the kind of model")
+    add("--mid_sigma", type=number(float, 0.002, 80), help="second noise level of consistency "
+        "models (0.821; if tuned by cm_preset imagenet64 1.526)")
+    add("--cfg_scale", type=float, default=1.0, help="guidance scale, 1 for none")
+    add("--seed", type=number(int, 0), default=0, help="of the noise (%(default)s)")
+    add("--batch_size", type=number(int, 1), default=batch_size, help="images at a time")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
 
 
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ckpt", default="out/ft.pt", help="checkpoint that train.py wrote")
-    parser.add_argument("--num", type=int, default=64, help="number of images")
-    parser.add_argument("--out", default="out/samples.png",
-                        help=".png: a grid; .npz: arr_0; .npy: an array; else a folder of PNGs")
-    parser.add_argument("--steps", type=int, help="default: by the kind of model, 18 or 1")
-    parser.add_argument("--sampler", choices=SAMPLERS, help="default: by the kind of model")
-    parser.add_argument("--mid_sigma", type=float, help="second noise level of consistency "
-                        "models (default 0.821; if tuned by cm_preset imagenet64 1.526)")
-    parser.add_argument("--cfg_scale", type=float, default=1.0, help="guidance scale, 1 for none")
-    parser.add_argument("--guide_ckpt", help="guide by this weaker model instead of the null "
-                        "class, such as out/ft-0000400.pt")
-    parser.add_argument("--cfg_interval", default="0,inf",
-                        help="guide between these noise levels only, such as 0.2,5")
-    parser.add_argument("--labels", help="classes to draw, such as 0,1,2, cycled over the images "
-                        "(default: those that the model was trained on)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add = parser.add_argument
+    add("--ckpt", default="out/ft.pt", help="checkpoint that train.py wrote")
+    add("--num", type=number(int, 1), default=64, help="number of images")
+    add("--out", default="out/samples.png",
+        help=".png: a grid; .npz: arr_0; .npy: an array; else a folder of PNGs")
+    add("--weights", choices=("ema", "raw"), default="ema")
+    add("--guide_ckpt", help="guide by this weaker model instead of the null class, such as "
+        "out/ft-0000400.pt")
+    add("--cfg_interval", type=interval, default="0,inf", help="guide between these noise levels "
+        "only, such as 0.2,5")
+    add("--labels", type=whole_numbers, help="classes to draw, such as 0,1,2, cycled over the "
+        "images (default: those that the model was trained on)")
+    add_flags(parser, batch_size=64)
     args = parser.parse_args(argv)
-    for name, least in (("num", 1), ("steps", 1), ("batch_size", 1), ("seed", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            sys.exit(f"--{name} is {getattr(args, name)}, expected at least {least}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     denoiser, checkpoint = load_denoiser(args.ckpt, args.weights, device)
-    labels = parse_labels(args.labels, denoiser.config.num_classes, denoiser.config.known_classes)
+    labels = labels_to_draw(denoiser.config, args.labels)
     guide, weaker = None, None
     if args.guide_ckpt:
         guide, weaker = load_denoiser(args.guide_ckpt, args.weights, device, denoiser.config)
     settings = dict(sampling_settings(args, denoiser, checkpoint, guide), labels=labels,
-                    cfg_interval=parse_interval(args.cfg_interval))
+                    cfg_interval=args.cfg_interval)
     suffix = os.path.splitext(args.out)[1]
-    if is_latent(denoiser.config) and suffix not in (".npy", ".png"):
-        sys.exit("this model makes latents: give an --out that ends in .npy, and decode that")
+    need(suffix in (".npy", ".png") or not is_latent(denoiser.config),
+         "this model makes latents: give an --out that ends in .npy, and decode that")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
 
     def batches(indices):

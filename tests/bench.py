@@ -282,7 +282,7 @@ def data(case):
             os.makedirs(folder + "/png")
             for i in range(600):
                 image = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-                sample.Image.fromarray(image).resize((256, 256)).save(f"{folder}/png/{i}.png")
+                prepare_data.Image.fromarray(image).resize((256, 256)).save(f"{folder}/png/{i}.png")
             seconds = clock(lambda: prepare_data.prepare(folder + "/png", folder + "/set", size=64, force=True),
                             repeats=3, warm=1)
         return dict(images_per_s=600 / seconds)

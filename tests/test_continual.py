@@ -288,7 +288,7 @@ def test_a_model_of_one_class_after_another_draws_and_distils_those_it_knows(tmp
     assert first.config.known_classes == (1,)
     # Without a word of which classes, samples are of those that the model has seen.
     default, asked = ([x for _, x in sample.generate(first, range(4), steps=1, labels=v)] for v in (None, [1]))
-    assert np.array_equal(default, asked) and sample.parse_labels(None, 4, first.config.known_classes) == [1]
+    assert np.array_equal(default, asked) and sample.labels_to_draw(first.config) == [1]
 
     cfg = train.Config(batch_size=10, steps=5, distill_from="teacher", replay_frac=0.4, label_dropout=0.0)
     sets, numbers, _ = prepare_data.open_union([f"{tmp_path}/class3"])

@@ -42,7 +42,7 @@ def same_weights(a, b, keys=("model", "ema")):
 def test_gathered_patches_are_those_of_the_mirrored_image(flipped):
     images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     index, visible = np.array([3, 0, 3]), np.array([[0, 5, 15], [1, 2, 3], [4, 8, 12]])
-    got = prepare_data.gather_patches(images, index, visible, 4, np.full(3, flipped))
+    got = prepare_data.gather([images], index, visible, 4, np.full(3, flipped))
     for b in range(3):
         image = images[index[b]][:, ::-1] if flipped else images[index[b]]
         for k in range(3):
