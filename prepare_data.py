@@ -584,7 +584,8 @@ def prepare(src=None, out=None, size=None, channels=3, fit="crop", background="w
         os.makedirs(os.path.dirname(out), exist_ok=True)
         with ExitStack() as stack:
             place = tempfile.TemporaryDirectory(dir=os.path.dirname(out), suffix=".tmp")
-            work, old = (os.path.join(stack.enter_context(place), name) for name in ("new", "old"))
+            place = stack.enter_context(place)
+            work, old = f"{place}/new", f"{place}/old"
             os.mkdir(work)
             source = open_source(src, stack, labels, size or 64, seed)
             settings = {"size": size or source.size or 64, "channels": channels, "fit": fit,
@@ -622,8 +623,8 @@ def write(source, work, title, settings, val_frac, strict, seed):
 
         own = source.num_val
         held = own or min(max(1, round(val_frac * count)), count - 1)
-        order = np.random.Generator(np.random.PCG64(seed)).permutation(count - own).tolist()
-        order += range(count - own, count)
+        lots = np.random.Generator(np.random.PCG64(seed))
+        order = [*lots.permutation(count - own), *range(count - own, count)]
 
         def row(i):
             raw.seek(i * image.nbytes)
