@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import prepare_data
 import sample
-from prepare_data import need
+from prepare_data import need, number
 
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
@@ -200,8 +200,9 @@ def load_stats(path):
     if (mu.ndim != 1 or sigma.shape != 2 * mu.shape or given and features.shape != (n, len(mu))
             or not np.isfinite(total) or n < 0
             or not re.fullmatch(f"(({'|'.join(LABELS)}) [0-9a-f]+)?", net)):
-        raise ValueError(f"mu {mu.shape}, sigma {sigma.shape}, features {np.shape(features)} of "
-                         f"{n} images by {net!r}, expected finite (D,), (D, D) and perhaps (n, D)")
+        shape = tuple(features.shape) if given else None
+        raise ValueError(f"mu {mu.shape}, sigma {sigma.shape}, features {shape} of {n} images by "
+                         f"{net!r}, expected finite (D,), (D, D) and none or (n, D)")
     return {"mu": mu, "sigma": sigma, "features": features, **more}
 
 
@@ -376,8 +377,8 @@ def parse(argv):
     add("--features", default="inception", help="inception, random, or a TorchScript file")
     add("--weights", help="Inception weights (default: torch hub cache, else a download)")
     add("--metrics", default="fid", help="of fid,kid,pr (default: fid)")
-    add("--num", type=prepare_data.number(int, 2), help="first so many images of each source (a "
-        "checkpoint draws 10,000)")
+    add("--num", type=number(int, 2), help="first so many images of each source (a checkpoint "
+        "draws 10,000)")
     add("--split", choices=("train", "val"), default="train", help="of a prepared folder")
     add("--json", action="store_true", help="one JSON object as the last line of stdout")
     add("--stats", help="save mu and sigma of A in this .npz, for kid and pr also its features")
@@ -422,10 +423,10 @@ def main(argv=None):
         if rank > 0:
             return
     key, digest = (max(s.net for s in sources) or "fid unknown").split()
-    warnings = ["the Inception weights aren't known to be the public ones"]
     about = {"features": LABELS[key], "weights_sha256": digest, "dims": len(sources[0].mu),
-             "resize": "none" if key == "fd" else RESIZE, "dtype": args.dtype,
-             "warnings": warnings if key == "fid" and digest != WEIGHTS_SHA256 else []}
+             "resize": "none" if key == "fd" else RESIZE, "dtype": args.dtype, "warnings": []}
+    if key == "fid" and digest != WEIGHTS_SHA256:
+        about["warnings"] += ["the Inception weights aren't known to be the public ones"]
     for name, s in zip("ab", sources):
         about[name] = {"path": s.path, "n": s.n, "image_size": s.image_size, **s.about}
         if 0 < s.n < max(2048, len(s.mu)):

@@ -88,14 +88,13 @@ def open_dataset(folder, split="train"):
     def check(fact, fault):
         need(fact, f"{folder} is damaged ({fault}): make it again with prepare_data.py --force")
 
-    table, labelled = f"{folder}/meta.json", os.path.exists(f"{folder}/{split}_labels.npy")
-    need(os.path.isfile(table), f"{folder} is no prepared data set (it has no meta.json): make one "
-         f"with prepare_data.py SRC --out {folder}")
+    table, labelled = Path(folder, "meta.json"), os.path.exists(f"{folder}/{split}_labels.npy")
+    need(table.is_file(), f"{folder} is no prepared data set (it has no meta.json): make one with "
+         f"prepare_data.py SRC --out {folder}")
     images = load_array(f"{folder}/{split}.npy")
     labels = np.array(load_array(f"{folder}/{split}_labels.npy")) if labelled else None
     try:
-        with open(table, encoding="utf-8") as file:
-            meta = json.load(file)
+        meta = json.loads(table.read_text(encoding="utf-8"))
         names, sigma, digest = (meta[key] for key in ("class_names", "sigma_data", "hash"))
         said = [meta[key] for key in (f"num_{split}", "size", "size", "channels", "dtype")]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -388,18 +387,18 @@ def iter_images(src, size=None, channels=3, fit="crop", background="white", reje
 
 def to_pixels(item, size, channels, fit, background):
     """A binary file or an array -> uint8 (H,W,channels); latents are only checked."""
-    if isinstance(item, np.ndarray) and item.dtype.kind == "f":
-        item = np.ascontiguousarray(item, np.float32)
-        if not np.isfinite(item).all() or size not in (None, item.shape[0]):
-            raise ValueError(f"a latent of side {item.shape[0]} cannot be resized or infinite")
-        return item
-    if isinstance(item, np.ndarray):
-        image = to_image(item)
-    else:
+    if not isinstance(item, np.ndarray):
         with item:
             image = Image.open(item, formats=FORMATS)
             image.load()  # decodes everything: a truncated file fails here
             image = ImageOps.exif_transpose(image)
+    elif item.dtype.kind == "f":
+        item = np.ascontiguousarray(item, np.float32)
+        if not np.isfinite(item).all() or size not in (None, item.shape[0]):
+            raise ValueError(f"a latent of side {item.shape[0]} cannot be resized or infinite")
+        return item
+    else:
+        image = to_image(item)
     if image.mode == "F":
         raise ValueError("floating-point pixels: save them with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits: scaled, where Pillow would clip
@@ -653,8 +652,7 @@ def write(source, work, title, settings, val_frac, strict, seed):
         "rejected": len(rejects),
         "preprocessing": {**settings, "resize": "lanczos", "val_frac": val_frac, "seed": seed},
     }
-    with open(f"{work}/meta.json", "w", encoding="utf-8") as file:
-        json.dump(meta, file, indent=1)
+    Path(work, "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return meta
 
 
