@@ -317,8 +317,7 @@ def interval(text):
 def pick_device(name, local_rank=0):
     """auto -> cuda, else mps, else cpu, as a torch.device; exits if that asked for is not there."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
-    if name == "auto":
-        name = next(d for d in here if here[d])
+    name = next(d for d in here if here[d]) if name == "auto" else name
     need(here[name], f"--device {name} is not available here: use --device auto")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
@@ -357,9 +356,8 @@ def main(argv=None):
     device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     denoiser, checkpoint = load_denoiser(args.ckpt, args.weights, device)
     labels = labels_to_draw(denoiser.config, args.labels)
-    guide, weaker = None, None
-    if args.guide_ckpt:
-        guide, weaker = load_denoiser(args.guide_ckpt, args.weights, device, denoiser.config)
+    guide, weaker = (None, None) if not args.guide_ckpt else load_denoiser(
+        args.guide_ckpt, args.weights, device, denoiser.config)
     settings = dict(sampling_settings(args, denoiser, checkpoint, guide), labels=labels,
                     cfg_interval=args.cfg_interval)
     suffix = os.path.splitext(args.out)[1]
