@@ -311,9 +311,9 @@ def measure_once(source, net, args):
     if args.keep or source.about["kind"] == "checkpoint" or not args.cache:
         return measure(source, net, args)
     code = sha256(__file__) + sha256(prepare_data.__file__)
-    recipe = json.dumps([source.about, args.num, net.identity, args.dtype, code])
-    name = hashlib.sha256(recipe.encode()).hexdigest() + ".npz"
-    path, found = os.path.join(torch.hub.get_dir(), "fid_statistics", name), [None]
+    recipe = json.dumps([source.about, args.num, net.identity, args.dtype, code]).encode()
+    path = f"{torch.hub.get_dir()}/fid_statistics/{hashlib.sha256(recipe).hexdigest()}.npz"
+    found = [None]
     with suppress(Exception):  # not there, or damaged
         found = [load_stats(path)]
     if dist.is_initialized():

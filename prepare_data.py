@@ -88,11 +88,11 @@ def open_dataset(folder, split="train"):
     def check(fact, fault):
         need(fact, f"{folder} is damaged ({fault}): make it again with prepare_data.py --force")
 
-    table, labelled = Path(folder, "meta.json"), os.path.exists(f"{folder}/{split}_labels.npy")
+    table, numbers = Path(folder, "meta.json"), Path(folder, f"{split}_labels.npy")
     need(table.is_file(), f"{folder} is no prepared data set (it has no meta.json): make one with "
          f"prepare_data.py SRC --out {folder}")
     images = load_array(f"{folder}/{split}.npy")
-    labels = np.array(load_array(f"{folder}/{split}_labels.npy")) if labelled else None
+    labels = np.array(load_array(numbers)) if numbers.exists() else None
     try:
         meta = json.loads(table.read_text(encoding="utf-8"))
         names, sigma, digest = (meta[key] for key in ("class_names", "sigma_data", "hash"))
@@ -104,11 +104,12 @@ def open_dataset(folder, split="train"):
           f"{split}.npy is {images.dtype} {images.shape}, in meta.json it is {said}")
     check(type(sigma) is float and 0 < sigma < math.inf and isinstance(digest, str),
           f"sigma_data is {sigma} and hash {digest!r} in meta.json")
-    check(labelled == (names is not None), "it has labels or class_names, but not both")
-    check(not labelled or isinstance(names, list) and all(isinstance(name, str) for name in names)
-          and labels.dtype == np.int64 and labels.shape == images.shape[:1]
-          and min(labels) >= 0 and max(labels) < len(names),
-          f"{split}_labels.npy holds no number of a class name for each image")
+    check((labels is None) == (names is None), "it has labels or class_names, but not both")
+    if labels is not None:
+        check(isinstance(names, list) and all(isinstance(name, str) for name in names)
+              and labels.dtype == np.int64 and labels.shape == images.shape[:1]
+              and 0 <= labels.min() and labels.max() < len(names),
+              f"{numbers.name} does not hold the number of a class name for each image")
     return images, labels, meta
 
 
@@ -283,8 +284,9 @@ def file_source(found, read):
             labels, class_names = check_labels([given[n] for n in names], len(names), tables[0])
     else:  # the class is the innermost folder; one folder around everything is none
         paths = [name.split("/")[:-1] for name in names]
-        outer = 1 if len({"".join(path[:1]) for path in paths}) == 1 else 0
-        folders = [[".", *path[outer:]][-1] for path in paths]
+        if len({path[0] if path else "" for path in paths}) == 1:
+            paths = [path[1:] for path in paths]
+        folders = [path[-1] if path else "." for path in paths]
         if set(folders) - {"."}:
             class_names = sorted(set(folders))
             order = {name: i for i, name in enumerate(class_names)}

@@ -27,8 +27,6 @@ from tqdm import tqdm
 from model import denoiser_from_checkpoint, load_checkpoint, patchify, unpatchify
 from prepare_data import Parser, image_grid, need, number, to_image, write_npy
 
-SAMPLERS = ("heun", "euler", "churn", "consistency")
-
 # ---------------------------------------------------------------------------------------------
 # Noise, noise levels, steps.
 
@@ -191,9 +189,8 @@ def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0
             noise = torch.stack([torch.randn(shape, generator=g) for g in streams])
             return patchify(noise, c.patch_size).to(device)
 
-        classes = None
-        if c.num_classes:
-            classes = torch.tensor([labels[i % len(labels)] for i in batch], device=device)
+        cycled = [labels[i % len(labels)] for i in batch] if labels else None
+        classes = torch.tensor(cycled, device=device) if labels else None
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             denoise = guided(denoiser, classes, cfg_scale, cfg_interval, guide)
             x = sample_loop(denoise, draw(), sigmas, sampler, draw)
@@ -326,14 +323,14 @@ def add_flags(parser, batch_size):
     """The flags of drawing samples that fid.py has, too; `sampling_settings` reads most of them."""
     add = parser.add_argument
     add("--steps", type=number(int, 1), help="of the sampler (by the kind of model, 18 or 1)")
-    add("--sampler", choices=SAMPLERS, help="default: by the kind of model")
+    add("--sampler", choices=("heun", "euler", "churn", "consistency"), help="likewise")
     add("--mid_sigma", type=number(float, 0.002, 80), help="second noise level of consistency "
         "models (0.821; if tuned by cm_preset imagenet64 1.526)")
     add("--cfg_scale", type=float, default=1.0, help="guidance scale, 1 for none")
     add("--seed", type=number(int, 0), default=0, help="of the noise (%(default)s)")
     add("--batch_size", type=number(int, 1), default=batch_size, help="images at a time")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network")
 
 
 def main(argv=None):
