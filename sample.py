@@ -229,38 +229,36 @@ def write_all(out, batches, num, batch_size, describe, rank, world):
     work = out if is_folder else out + ".parts"
     recipe = os.path.join(work, "sampling.json")
     os.makedirs(work, exist_ok=True)
-    found = os.listdir(work)  # before the look at the recipe, which every process writes first
+    there = {*os.listdir(work)}  # before the look at the recipe, which all processes write first
     if os.path.exists(recipe):
         with open(recipe) as f:
             need(json.load(f) == describe,
                  f"{work} holds samples of another recipe: remove it or give another --out")
     else:
-        need(all(name.startswith("sampling.json") for name in found),
+        need(all(name.startswith("sampling.json") for name in there),
              f"{work} is a folder with other files in it: choose another --out")
     replace_file(recipe, lambda f: f.write(json.dumps(describe).encode()), rank)
 
-    kind, each = ("png", 1) if is_folder else ("npy", batch_size)  # of a file, images in it
-
-    def files(chunk):
-        return [f"{work}/{i:06d}.{kind}" for i in chunk[::each]]
+    names = [f"{i:06d}.{'png' if is_folder else 'npy'}" for i in range(num)]
 
     def save(file, image):
-        to_image(image).save(file, "PNG") if is_folder else np.save(file, image)
+        if is_folder:
+            to_image(image).save(file, "PNG")
+        else:  # latents go out as they came in
+            np.save(file, image if image.dtype == np.uint8 else image.transpose(2, 0, 1))
 
     chunks = [range(i, min(i + batch_size, num)) for i in range(0, num, batch_size)]
-    todo = [c for c in chunks[rank::world] if not all(map(os.path.exists, files(c)))]
+    todo = [chunk for chunk in chunks[rank::world] if not there.issuperset(names[i] for i in chunk)]
     for chunk in tqdm(todo, desc="sampling", unit="batch", disable=rank > 0):
-        for _, images in batches(chunk):
-            if images.dtype != np.uint8:  # latents go out as they came in
-                images = images.transpose(0, 3, 1, 2)
-            for path, image in zip(files(chunk), images if is_folder else [images]):
-                replace_file(path, lambda f: save(f, image), rank)
+        for indices, images in batches(chunk):
+            for i, image in zip(indices, images):
+                replace_file(f"{work}/{names[i]}", lambda f: save(f, image), rank)
     if rank > 0 or is_folder:
         return
-    parts = [files(chunk)[0] for chunk in chunks]
-    while not all(map(os.path.exists, parts)):  # those of the other processes
+    while not {*os.listdir(work)}.issuperset(names):  # those of the other processes, too
         time.sleep(0.2)
-    replace_file(out, lambda f: join_parts(f, out, parts, num, describe["labels"]))
+    paths = [f"{work}/{name}" for name in names]
+    replace_file(out, lambda f: join_images(f, out, paths, describe["labels"]))
     shutil.rmtree(work)
 
 
@@ -272,10 +270,10 @@ def replace_file(path, write, rank=0):
     os.replace(temporary, path)
 
 
-def join_parts(file, out, parts, num, labels):
-    """Write .npy parts as one array, or what np.savez makes of it, with memory for one part."""
-    first = np.load(parts[0], mmap_mode="r")
-    array = first.dtype, (num, *first.shape[1:]), map(np.load, parts)
+def join_images(file, out, paths, labels):
+    """Write the images of .npy files as one array, or what np.savez makes of it, one at a time."""
+    first = np.load(paths[0])
+    array = first.dtype, (len(paths), *first.shape), map(np.load, paths)
     if out.endswith(".npy"):
         return write_npy(file, *array)
     with zipfile.ZipFile(file, "w") as z:
@@ -283,7 +281,7 @@ def join_parts(file, out, parts, num, labels):
             write_npy(f, *array)
         if labels:
             with z.open("arr_1.npy", "w") as f:
-                np.save(f, np.resize(labels, num))  # cycled
+                np.save(f, np.resize(labels, len(paths)))  # cycled
 
 
 def save_grid(path, images, columns=None):
