@@ -269,19 +269,18 @@ def file_source(found, read):
     if {"data_batch_1", "test_batch"} <= batches.keys():
         return cifar_source(batches, read)
 
-    labels = class_names = edm = None
-    tables = sorted((n for n in chosen if posixpath.basename(n) == "dataset.json"), key=len)
-    if tables:
-        with read(chosen.pop(tables[0])) as file:
-            edm = json.load(file)
+    labels = class_names = None
+    tables = [name for name in chosen if posixpath.basename(name) == "dataset.json"]
+    table = min(tables, key=len, default=None)
+    edm = json.load(read(chosen.pop(table))) if tables else None
     names = sorted(chosen)
     if isinstance(edm, dict) and "labels" in edm:  # the EDM layout: [[path, label], ...] or null
-        top = posixpath.dirname(tables[0])
+        top = posixpath.dirname(table)
         given = {posixpath.join(top, name): label for name, label in edm["labels"] or []}
         if given:
             rejects += [(n, "dataset.json has no label for it") for n in names if n not in given]
             names = [n for n in names if n in given]
-            labels, class_names = check_labels([given[n] for n in names], len(names), tables[0])
+            labels, class_names = check_labels([given[n] for n in names], len(names), table)
     else:  # the class is the innermost folder; one folder around everything is none
         paths = [name.split("/")[:-1] for name in names]
         if len({path[0] if path else "" for path in paths}) == 1:
@@ -358,11 +357,11 @@ FORMATS = {"PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "AV
 FORMATS = sorted(FORMATS & set(Image.OPEN))
 
 
-def iter_images(src, size=None, channels=3, fit="crop", background="white", rejects=None):
+def iter_images(src, rejects, size=None, channels=3, fit="crop", background="white"):
     """Yields (name, uint8 (H,W,channels), label or None) in order of path, from a folder, archive,
-    array file or Source; latents as they are. Threads decode a few images ahead (Pillow and zlib
-    work outside the interpreter's lock), so memory stays flat. rejects gets (name, reason)."""
-    colour, rejects = ImageColor.getrgb(background)[:3], [] if rejects is None else rejects
+    array file or Source; latents as they are. The list `rejects` gets (name, reason). Threads
+    decode some ahead (Pillow and zlib work outside the interpreter's lock): memory stays flat."""
+    colour = ImageColor.getrgb(background)[:3]
 
     def decode(i):
         try:
