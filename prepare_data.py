@@ -75,7 +75,8 @@ def number(kind, low, below=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value < below:
-            raise argparse.ArgumentTypeError(f"{text}, expected at least {low} and below {below}")
+            top = "" if below == math.inf else f" and below {below}"
+            raise argparse.ArgumentTypeError(f"{text}, expected at least {low}{top}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
