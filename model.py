@@ -41,7 +41,7 @@ class ModelConfig:
     decoder_heads: int = 0  # 0: heads
     dense_depth: int = 0  # how many of `depth` blocks come before the masking (SPRINT)
     cm_segments: int = 0  # 0: a diffusion model; m > 0: a consistency model of m segments
-    known_classes: tuple = ()  # the classes that it was trained on; (): all
+    known_classes: tuple = ()  # the classes that it was trained on; () becomes all
 
     def __post_init__(self):
         if self.decoder_depth:
@@ -53,17 +53,17 @@ class ModelConfig:
             v, low = getattr(self, f.name), -1 if f.default == 0 else 0
             if type(v) is not f.type or not low < v < 2**20:
                 sys.exit(f"{f.name} is {v!r}, expected {f.type.__name__} above {low}, below 2^20")
-        known = self.known_classes
-        if type(known) is not tuple or not all(
-                type(k) is int and 0 <= k < self.num_classes for k in known):
+        known, classes = self.known_classes, range(self.num_classes)
+        if type(known) is not tuple or not all(type(k) is int and k in classes for k in known):
             sys.exit(f"known_classes is {known!r}, expected a tuple of class numbers")
+        self.known_classes = known or tuple(classes)
         size, p = self.image_size, self.patch_size
         if size % p:
             divisors = [q for q in range(1, size + 1) if size % q == 0]
             fits = sorted(divisors, key=lambda q: abs(q - p))[:2]  # the two nearest
             sys.exit(f"image size {size} is not divisible by patch_size {p}: use a patch_size of "
-                     f"{min(fits)} or {max(fits)}, or prepare the data at "
-                     f"{max(size // p, 1) * p} or {(size // p + 1) * p} px")
+                     f"{min(fits)} or {max(fits)}, or data of {size // p * p or p} or "
+                     f"{(size // p + 1) * p} px")
         for part in ("", "decoder_") if self.decoder_depth else ("",):
             dim, step = getattr(self, part + "dim"), 4 * getattr(self, part + "heads")
             if dim % step:
@@ -114,32 +114,23 @@ def unpatchify(tokens, patch_size):
     return x.reshape(b, g * p, g * p, d // p**2)
 
 
-def count_hidden(grid, mask_ratio, mask_type="patch", block_size=4):
-    """Number N - K of hidden patches on a grid x grid image: the same for every image of a batch.
+def count_visible(grid, mask_ratio, mask_type="patch", block_size=4, may_hide_none=False):
+    """Number K of visible patches on a grid x grid image: the same for every image of a batch.
 
     `mask_type` (MaskDM sec. 3.2): "patch" hides int(ratio*N) single patches, "block" hides
     int(ratio*N) // b^2 blocks of b x b on the block grid, "crop" shows one square of side
-    round(sqrt(N - int(ratio*N))). Exits with a sentence where a mask cannot be had.
+    round(sqrt(N - int(ratio*N))). Exits with a sentence where a mask cannot be had, and, unless
+    `may_hide_none`, where a ratio above 0 hides none.
     """
-    if not 0 <= mask_ratio < 1:
-        sys.exit(f"mask_ratio is {mask_ratio}, expected a share in [0, 1), for example 0.9")
-    if mask_type not in ("patch", "block", "crop"):
-        sys.exit(f"mask_type is {mask_type!r}, expected patch, block or crop")
     hidden = int(mask_ratio * grid**2)
     if mask_type == "crop":
         hidden = grid**2 - round(math.sqrt(grid**2 - hidden)) ** 2
-    if mask_type != "block" or mask_ratio == 0:
-        return hidden
-    if block_size < 1 or grid % block_size:
-        sys.exit(f"block_size {block_size} does not divide the {grid} x {grid} grid of patches: "
-                 f"use one of {[b for b in range(1, grid) if grid % b == 0]}")
-    return hidden // block_size**2 * block_size**2
-
-
-def count_visible(grid, mask_ratio, mask_type="patch", block_size=4):
-    """Number K of visible patches; exits where a ratio above 0 hides none (see count_hidden)."""
-    hidden = count_hidden(grid, mask_ratio, mask_type, block_size)
-    if mask_ratio > 0 and hidden == 0:
+    if mask_type == "block" and mask_ratio > 0:
+        if block_size < 1 or grid % block_size:
+            sys.exit(f"block_size {block_size} does not divide the {grid} x {grid} grid of "
+                     f"patches: use one of {[b for b in range(1, grid) if grid % b == 0]}")
+        hidden = hidden // block_size**2 * block_size**2
+    if mask_ratio > 0 and hidden == 0 and not may_hide_none:
         sys.exit(f"mask_ratio {mask_ratio} with mask_type {mask_type} hides none of the {grid**2} "
                  "patches: raise the ratio, use smaller blocks, or ask for 0")
     return grid**2 - hidden
@@ -148,10 +139,10 @@ def count_visible(grid, mask_ratio, mask_type="patch", block_size=4):
 def sample_visible(batch, grid, mask_ratio, mask_type="patch", block_size=4, generator=None):
     """Draw which patches stay visible: (batch, K) int64 indices in ascending order, or None.
 
-    None stands for the whole image (ratio 0). Every image keeps exactly `count_visible` patches.
+    None stands for the whole image, where nothing is hidden. Every image keeps `count_visible`.
     """
-    k = count_visible(grid, mask_ratio, mask_type, block_size)
-    if mask_ratio == 0:
+    k = count_visible(grid, mask_ratio, mask_type, block_size, may_hide_none=True)
+    if k == grid**2:
         return None
     if mask_type == "crop":
         side = math.isqrt(k)
@@ -265,9 +256,6 @@ class DiT(nn.Module):
         width = c.decoder_dim or c.dim
         self.modulation = nn.Linear(c.dim, 2 * width)
         self.head = nn.Linear(width, c.token_dim)
-        self.init_weights()
-
-    def init_weights(self):
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
@@ -590,31 +578,24 @@ def load_checkpoint(path):
             if damaged := z.testzip():
                 raise ValueError(f"wrong sum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # truncated, foreign or unsafe: the file's bytes decide which error
-        sys.exit(f"{path} cannot be read as a checkpoint ({type(e).__name__}): it is damaged or of "
-                 "another kind; give a .pt file that train.py wrote")
-    needed = ("model", "ema", "architecture", "config", "step")
-    missing = [k for k in needed if not isinstance(checkpoint, dict) or k not in checkpoint]
-    if missing:
-        sys.exit(f"{path} is not a checkpoint of train.py: it has no {', '.join(missing)}")
-    try:
-        sound, reason = is_sound(checkpoint), "weights, step or config"
-    except (Exception, SystemExit) as e:  # the file may hold anything under these names
-        sound, reason = False, " ".join(f"{e}".split())[:200]
-    if not sound:
-        sys.exit(f"{path} is not what train.py writes ({reason}): give another checkpoint")
+        needed = ("model", "ema", "architecture", "config", "step")
+        if missing := [k for k in needed if k not in checkpoint]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        with torch.device("meta"):  # takes no memory, whatever size is claimed
+            right = Denoiser(stored_config(checkpoint)).state_dict()
+        shapes = {k: v.shape for k, v in right.items()}
+        step, config = checkpoint["step"], checkpoint["config"]
+        sound = isinstance(config, dict) and type(step) is int and step >= 0
+        for weights in (checkpoint["model"], checkpoint["ema"]):
+            sound &= {k: v.shape for k, v in weights.items()} == shapes
+            sound &= all(v.is_floating_point() and v.isfinite().all() for v in weights.values())
+        if not sound:
+            raise ValueError("odd weights, step or config")
+    except (Exception, SystemExit) as e:  # the file's bytes decide which
+        why = " ".join(f"{e}".split()).split(". ")[0][:200] or type(e).__name__
+        sys.exit(f"{path} is not a checkpoint of train.py, but damaged or of another kind ({why}): "
+                 "give a .pt file that train.py wrote")
     return checkpoint
-
-
-def is_sound(checkpoint):
-    """Whether both sets of weights are finite and have the names and shapes of the architecture."""
-    with torch.device("meta"):  # takes no memory, whatever size is claimed
-        right = {k: v.shape for k, v in Denoiser(stored_config(checkpoint)).state_dict().items()}
-    step, config = checkpoint["step"], checkpoint["config"]
-    return isinstance(config, dict) and type(step) is int and step >= 0 and all(
-        {k: v.shape for k, v in weights.items()} == right
-        and all(v.is_floating_point() and v.isfinite().all() for v in weights.values())
-        for weights in (checkpoint["model"], checkpoint["ema"]))
 
 
 def stored_config(checkpoint):

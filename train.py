@@ -37,10 +37,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import sample
-from model import (PRESETS, Denoiser, ModelConfig, add_penalty, bound,
-                   consistency_objective, count_hidden, count_visible, denoiser_from_checkpoint,
-                   fisher_information, load_checkpoint, objective, patchify, previous_name,
-                   sample_visible, save_checkpoint, stored_config)
+from model import (PRESETS, Denoiser, ModelConfig, add_penalty, bound, consistency_objective,
+                   count_visible, denoiser_from_checkpoint, fisher_information, load_checkpoint,
+                   objective, patchify, previous_name, sample_visible, save_checkpoint,
+                   stored_config)
 from prepare_data import Parser, choose_buffer, gather, open_dataset, open_union, prepare
 
 # ---------------------------------------------------------------------------------------------
@@ -146,22 +146,20 @@ CONSISTENCY = {
                        optimizer="adamw", beta1=0.9, beta2=0.99, weight_decay=0.0, warmup=0,
                        lr=1e-3, lr_schedule="rsqrt"),  # the lr is for EDM2's normalised weights
 }
-# Stage 1, stage 2, consistency tuning, by machine. On a CPU both stages on the built-in faces take
-# about ten minutes on two cores; on a GPU these are MaskDM's network, batch and optimizer at 64 px.
+# On a CPU for stage 1 (pt), stage 2 (ft) and consistency tuning (cm); the same on a GPU. On two
+# cores both stages on the built-in faces take about ten minutes; on a GPU these are MaskDM's
+# network, batch and optimizer at 64 px.
 DEFAULTS = {
-    ("cpu", 1): dict(preset="demo", batch_size=48, steps=2500, lr=4e-3, beta1=0.9,
-                     lr_schedule="constant", eval_every=500, sample_every=0, save_every=500),
-    ("cpu", 2): dict(preset="demo", batch_size=4, steps=4200, lr=2e-3, beta1=0.9,
-                     lr_schedule="cosine", eval_every=1400, sample_every=1400, save_every=1400),
-    ("cpu", 3): dict(preset="demo", batch_size=32, steps=1200, lr=2e-3, beta1=0.9, cm_gap=1 / 16,
-                     lr_schedule="cosine", eval_every=400, sample_every=400, save_every=400),
-    ("gpu", 1): dict(preset="maskdm-64", batch_size=256, steps=100_000, lr=2e-4, beta1=0.99,
-                     lr_schedule="constant", eval_every=2000, sample_every=0, save_every=2000),
-    ("gpu", 2): dict(preset="maskdm-64", batch_size=128, steps=100_000, lr=2e-4, beta1=0.99,
-                     lr_schedule="constant", eval_every=2000, sample_every=5000, save_every=2000),
-    ("gpu", 3): dict(preset="maskdm-64", batch_size=128, steps=200_000, lr=1e-4, beta1=0.9,
-                     lr_schedule="constant", eval_every=2000, sample_every=5000, save_every=2000,
-                     cm_gap=1 / 256),
+    "preset": ("demo", "demo", "demo", "maskdm-64", "maskdm-64", "maskdm-64"),
+    "batch_size": (48, 4, 32, 256, 128, 128),
+    "steps": (2500, 4200, 1200, 100_000, 100_000, 200_000),
+    "lr": (4e-3, 2e-3, 2e-3, 2e-4, 2e-4, 1e-4),
+    "lr_schedule": ("constant", "cosine", "cosine", "constant", "constant", "constant"),
+    "beta1": (0.9, 0.9, 0.9, 0.99, 0.99, 0.9),
+    "eval_every": (500, 1400, 400, 2000, 2000, 2000),
+    "sample_every": (0, 1400, 400, 0, 5000, 5000),
+    "save_every": (500, 1400, 400, 2000, 2000, 2000),
+    "cm_gap": (None, None, 1 / 16, None, None, 1 / 256),
 }
 DECODER = ("decoder_depth", "decoder_dim", "decoder_heads", "dense_depth")
 ARCHITECTURE = ("dim", "depth", "heads", "patch_size", *DECODER)  # a checkpoint decides these
@@ -192,35 +190,35 @@ def resolve(given, previous, device):
     cfg = Config(**(previous | given))
     if cfg.loss == "consistency" and cfg.cm_preset != previous.get("cm_preset"):
         cfg = Config(**(previous | CONSISTENCY[cfg.cm_preset] | given))
-    stage = {"pt": 1, "ft": 2, "cm": 3}[run_name(asdict(cfg))]
-    for name, value in DEFAULTS["cpu" if device.type == "cpu" else "gpu", stage].items():
+    column = ["pt", "ft", "cm"].index(run_name(asdict(cfg))) + 3 * (device.type != "cpu")
+    for name, values in DEFAULTS.items():
         if getattr(cfg, name) is None:
-            setattr(cfg, name, value)
+            setattr(cfg, name, values[column])
     if cfg.compile is None:
         cfg.compile = device.type == "cuda"
     if cfg.loss == "consistency" and (cfg.cm_stage_length is None or "cm_gap" in given):
         halvings = -math.log2(max(1e-6, cfg.cm_gap))
         stages = max(1, round(halvings / math.log2(max(1.1, cfg.cm_q))))
         cfg.cm_stage_length = max(1, math.ceil(cfg.steps / stages))
-    reporting = {"eval_only", "ckpt", "data", "out_dir", "seed", "device", "dtype"}
-    cm = {f.name for f in fields(Config) if f.name.startswith("cm_")}
     decoder = cfg.decoder_depth or "init_from" in given or previous
-    idle = [  # when, whether that is so, which flags then do nothing
-        ("with --eval_only", cfg.eval_only, set(given) - reporting),
-        ("without --eval_only", not cfg.eval_only, {"ckpt"}),
-        ("without --loss=consistency", cfg.loss != "consistency", cm | {"ref_batch"}),
-        ("with --cm_stage_length", "cm_stage_length" in given, {"cm_gap"}),
-        ("without --decoder_depth", not decoder, {"decoder_dim", "decoder_heads", "mae_weight"}),
-        ("without --mask_ratio_end", cfg.mask_ratio_end is None, {"mask_schedule"}),
-        ("without --replay", not cfg.replay, {"replay_coef", "replay_buffer"}),
-        ("without --distill_from", not cfg.distill_from, {"distill_coef"}),
-        ("without --replay or --distill_from", not (cfg.replay or cfg.distill_from),
-         {"replay_frac"}),
-        ("without --ewc", not cfg.ewc, {"fisher_batches"}),
-    ]
-    for when, so, names in idle:
-        if so and names & set(given):
-            sys.exit(f"--{min(names & set(given))} does nothing {when}: change one of the two")
+    old = cfg.replay or cfg.distill_from
+    reporting = {"eval_only", "ckpt", "data", "out_dir", "seed", "device", "dtype"}
+    consistency = {"ref_batch"} | {name for name in kinds if name.startswith("cm_")}
+    idle = {  # when, and which flags then do nothing
+        "with --eval_only": cfg.eval_only and set(given) - reporting,
+        "without --eval_only": not cfg.eval_only and {"ckpt"},
+        "without --loss=consistency": cfg.loss != "consistency" and consistency,
+        "with --cm_stage_length": "cm_stage_length" in given and {"cm_gap"},
+        "without --decoder_depth": not decoder and {"decoder_dim", "decoder_heads", "mae_weight"},
+        "without --mask_ratio_end": cfg.mask_ratio_end is None and {"mask_schedule"},
+        "without --replay": not cfg.replay and {"replay_coef", "replay_buffer"},
+        "without --distill_from": not cfg.distill_from and {"distill_coef"},
+        "without --replay or --distill_from": not old and {"replay_frac"},
+        "without --ewc": not cfg.ewc and {"fisher_batches"},
+    }
+    for when, names in idle.items():
+        if useless := given.keys() & (names or ()):
+            sys.exit(f"--{min(useless)} does nothing {when}: change one of the two")
     return cfg
 
 
@@ -231,6 +229,13 @@ def run_name(settings):
     return "cm" if settings.get("loss") == "consistency" else "pt" if end > 0 else "ft"
 
 
+def last_gap(cfg):
+    """1 - r/t of the last pairs of noise levels (t, r) at high noise; 1 without such pairs."""
+    if cfg.loss != "consistency":
+        return 1.0
+    return cfg.cm_q ** -math.ceil(cfg.steps / cfg.cm_stage_length)
+
+
 def check(cfg):
     """Exit with a sentence on a value that no run can have."""
     for f in fields(cfg):
@@ -238,27 +243,30 @@ def check(cfg):
         if None not in (value, low) and not low <= value < below:
             top = f" and below {below}" if below < math.inf else ""
             sys.exit(f"--{f.name} is {value}, expected at least {low}{top}")
-    if cfg.loss == "consistency":
-        stages = math.ceil(cfg.steps / cfg.cm_stage_length)
-        if not cfg.cm_q > 1 or stages * math.log2(cfg.cm_q) > 20:
-            sys.exit(f"--cm_q is {cfg.cm_q} in {stages} stages, expected more than 1, and in all "
-                     "less than 2^20 (float32 tells no closer noise levels apart): give a longer "
-                     "--cm_stage_length")
-    old_share = round(cfg.replay_frac * cfg.batch_size)
-    wanted = (cfg.replay and cfg.replay_coef > 0) or (cfg.distill_from and cfg.distill_coef > 0)
-    if cfg.replay_frac > 1 or (wanted and old_share == 0):
-        sys.exit(f"--replay_frac is {cfg.replay_frac}, expected at most 1 and at least one image "
-                 f"of the {cfg.batch_size} of a batch")
+    if not cfg.init_from and (cfg.loss == "consistency" or cfg.l2_prev > 0 or cfg.ewc > 0):
+        sys.exit("--loss=consistency, --l2_prev and --ewc go on from a trained model: give its "
+                 "--init_from=out/ft.pt")
+    if cfg.loss == "consistency" and not (cfg.cm_q > 1 and last_gap(cfg) >= 2**-20):
+        sys.exit(f"--cm_q is {cfg.cm_q}, expected more than 1, and over all stages no more than "
+                 "2^20 (float32 tells no closer noise levels apart): give a longer "
+                 "--cm_stage_length")
     if cfg.distill_from and cfg.loss == "consistency":
         sys.exit("--distill_from is for --loss=diffusion: a consistency model has its own teacher")
+    pairs = (cfg.replay, cfg.replay_coef), (cfg.distill_from, cfg.distill_coef)
+    ways = sum(1 for source, coef in pairs if source and coef > 0)
+    old = ways * round(cfg.replay_frac * cfg.batch_size)
+    if ways and not (0 < old < cfg.batch_size or cfg.replay_frac == 1 and old == cfg.batch_size):
+        sys.exit(f"--replay_frac is {cfg.replay_frac}, which makes {old} of the {cfg.batch_size} "
+                 "images of a batch old: expected at least one image, and fewer than all (only 1, "
+                 "with one kind of old ones, may leave no new images)")
 
 
 # ---------------------------------------------------------------------------------------------
 # The stream of data: step n -> its batch. All randomness of training is drawn here.
 
 
-def mask_ratios(cfg, grid):
-    """The share of patches hidden in each part of the run: one value, or six with mask_ratio_end.
+def mask_ratios(cfg):
+    """The share of patches to hide in each part of the run: one value, or six if it changes.
 
     The shape cosine4 is MaskDiT's, 0.5 cos(pi/2 x)^4 over the share x of the run. In six stairs,
     because a compiled network is compiled anew for each number of visible patches.
@@ -267,8 +275,7 @@ def mask_ratios(cfg, grid):
         return [cfg.mask_ratio]
     power = 0 if cfg.mask_schedule == "linear" else int(cfg.mask_schedule[6:] or 1)
     shape = [math.cos(math.pi / 2 * i / 5) ** power if power else 1 - i / 5 for i in range(6)]
-    ratios = [cfg.mask_ratio_end + (cfg.mask_ratio - cfg.mask_ratio_end) * share for share in shape]
-    return [r if count_hidden(grid, r, cfg.mask_type, cfg.block_size) else 0.0 for r in ratios]
+    return [cfg.mask_ratio_end + (cfg.mask_ratio - cfg.mask_ratio_end) * share for share in shape]
 
 
 @lru_cache(8)
@@ -289,39 +296,33 @@ class Stream:
     def __init__(self, images, labels, cfg, config, device=torch.device("cpu"), rank=0, world=1,
                  new=None, old=(), teacher=None):
         self.sets = images if isinstance(images, list) else [images]
-        self.labels, self.cfg, self.config = labels, cfg, config
+        self.labels, self.cfg, self.config, self.device = labels, cfg, config, device
         self.new = np.arange(sum(map(len, self.sets))) if new is None else np.asarray(new)
         self.old = np.asarray(old, np.int64)
         share = round(cfg.replay_frac * cfg.batch_size)
-        self.n_replayed = share if len(old) and cfg.replay_coef > 0 else 0
-        self.n_distilled = share if cfg.distill_from and cfg.distill_coef > 0 else 0
-        self.n_new = cfg.batch_size - self.n_replayed - self.n_distilled
+        n_replayed = share if len(old) and cfg.replay_coef > 0 else 0
+        n_distilled = share if cfg.distill_from and cfg.distill_coef > 0 else 0
+        n_new = cfg.batch_size - n_replayed - n_distilled
         self.parts = [  # where from, how many, weight
-            (self.new, self.n_new, 1.0), (self.old, self.n_replayed, cfg.replay_coef),
-            (self.new, self.n_distilled, cfg.distill_coef)]
-        self.distilled = torch.arange(cfg.batch_size) >= cfg.batch_size - self.n_distilled
-        self.taught = torch.tensor(teacher.config.known_classes if teacher else [])  # to be drawn
-        self.device = device
-        self.ratios = mask_ratios(cfg, config.grid)
+            (self.new, n_new, 1.0), (self.old, n_replayed, cfg.replay_coef),
+            (self.new, n_distilled, cfg.distill_coef)]
+        weight = [torch.full((n,), coef * cfg.batch_size / max(n, 1)) for _, n, coef in self.parts]
         # Every world-th image, so that each process has its part of each kind.
         self.share = slice(rank, None, world)
-
-    def numbers(self, pool, start, n):
-        """The images at positions start, ..., start + n - 1 of the endless walk through a pool."""
-        places = (divmod(start + q, len(pool)) for q in range(n))
-        return np.array([pool[shuffled(len(pool), self.cfg.seed, epoch)[i]] for epoch, i in places],
-                        np.int64)
+        # What each of them counts, for L_new + coef L_old.
+        self.weight = self.move(torch.cat(weight)[self.share])
+        self.distilled = torch.arange(cfg.batch_size) >= cfg.batch_size - n_distilled
+        self.taught = torch.tensor(teacher.config.known_classes if teacher else [])  # to be drawn
+        self.ratios = mask_ratios(cfg)
 
     def index(self, step):
-        """The numbers of the images of a global batch."""
-        return np.concatenate([self.numbers(pool, step * n, n) for pool, n, _ in self.parts])
-
-    def weights(self):
-        """What each image of a global batch counts, for L_new + coef L_old; None: all alike."""
-        if self.n_new == self.cfg.batch_size:
-            return None
-        return torch.cat([torch.full((n,), coef * self.cfg.batch_size / max(n, 1))
-                          for _, n, coef in self.parts])
+        """The numbers of the images of a global batch: a walk through each pool, epoch by epoch."""
+        drawn = []
+        for pool, n, _ in self.parts:
+            for q in range(step * n, step * n + n):
+                epoch, i = divmod(q, len(pool))
+                drawn.append(pool[shuffled(len(pool), self.cfg.seed, epoch)[i]])
+        return np.array(drawn, np.int64)
 
     def load(self, step):
         """This process's part, b images, of the batch of a step.
@@ -343,11 +344,11 @@ class Stream:
         visible = None if visible is None else visible[self.share]
         # A decoder is asked about the hidden patches, too.
         clean, labels = self.read(index, flip, None if config.decoder_depth else visible)
-        if labels is not None and len(self.taught):
-            drawn = torch.randint(len(self.taught), (cfg.batch_size,), generator=g)
-            drawn = self.taught[drawn][self.share]
-            labels = torch.where(self.distilled[self.share], drawn, labels)
         if labels is not None:
+            if len(self.taught):
+                drawn = torch.randint(len(self.taught), (cfg.batch_size,), generator=g)
+                drawn = self.taught[drawn][self.share]
+                labels = torch.where(self.distilled[self.share], drawn, labels)
             labels = torch.where(dropped, config.num_classes, labels)
 
         sigma, visible, labels = (self.move(t) for t in (sigma, visible, labels))
@@ -355,9 +356,7 @@ class Stream:
         noise = torch.randn(cfg.batch_size, *clean.shape[1:], generator=g, device=self.device)
         batch = dict(index=index, clean=clean, noise=noise[self.share], sigma=sigma,
                      visible=visible, labels=labels, **self.references(step))
-        if (weight := self.weights()) is not None:
-            batch["weight"] = self.move(weight[self.share])
-        if self.n_distilled:
+        if self.distilled.any():
             start = torch.randn(noise.shape, generator=g, device=self.device)
             batch.update(start=start[self.share], distilled=self.distilled[self.share])
         return batch
@@ -377,7 +376,7 @@ class Stream:
             return {}
         g = torch.Generator().manual_seed(sample.seed_of(cfg.seed, 5, step))
         n = cfg.ref_batch - 1
-        n_old = round(n * self.n_replayed / cfg.batch_size)
+        n_old = round(n * self.parts[1][1] / cfg.batch_size)
         index = np.concatenate([pool[torch.randint(len(pool), (k,), generator=g).numpy()]
                                 for pool, k in ((self.new, n - n_old), (self.old, n_old)) if k])
         flip = torch.rand(len(index), generator=g).numpy() < 0.5 * cfg.hflip
@@ -391,14 +390,14 @@ class Stream:
 
     def move(self, t):
         """To the device, without waiting for a GPU."""
-        if t is None or self.device.type == "cpu":
-            return t
-        t = t.pin_memory() if self.device.type == "cuda" else t
-        return t.to(self.device, non_blocking=self.device.type == "cuda")
+        if t is None:
+            return None
+        cuda = self.device.type == "cuda"
+        return (t.pin_memory() if cuda else t).to(self.device, non_blocking=cuda)
 
 
 @torch.no_grad()
-def with_teacher(teacher, clean, noise, sigma, visible, labels, start, distilled, **others):
+def with_teacher(teacher, clean, noise, sigma, visible, labels, start, distilled):
     """The batch with images drawn by the teacher where `distilled` is set (arXiv 2311.14028).
 
     Drawn in two Euler steps from `start`, on the visible patches alone (a decoder, which answers
@@ -419,7 +418,7 @@ def with_teacher(teacher, clean, noise, sigma, visible, labels, start, distilled
         noisy = drawn + sigma[rows].view(-1, 1, 1) * noise[rows]
         target = clean.index_copy(0, rows, teacher(noisy, sigma[rows], shown, classes))
     return dict(clean=clean, noise=noise, sigma=sigma, visible=visible, labels=labels,
-                target=target, **others)
+                target=target)
 
 
 def validation_set(images, labels, config, levels=(-1.2, 1.2), limit=512):
@@ -429,17 +428,18 @@ def validation_set(images, labels, config, levels=(-1.2, 1.2), limit=512):
     images: arrays, of which each gives its first limit / len(images).
     """
     images = images if isinstance(images, list) else [images]
-    starts = np.cumsum([0] + [len(x) for x in images])
-    index = np.concatenate([start + np.arange(min(len(x), limit // len(images)))
-                            for start, x in zip(starts, images)])
-    pixels = np.concatenate([x[: limit // len(images)] for x in images])
-    n, clean = len(index), patchify(torch.from_numpy(pixels), config.patch_size)
+    each = limit // len(images)
+    pixels = np.concatenate([x[:each] for x in images])
+    n, clean = len(pixels), patchify(torch.from_numpy(pixels), config.patch_size)
     g = torch.Generator().manual_seed(sample.seed_of(0, 3))
     quantile = (torch.randperm(n, generator=g) + 0.5) / n
     sigma = torch.exp(levels[0] + levels[1] * math.sqrt(2) * torch.erfinv(2 * quantile - 1))
     noise = patchify(torch.randn(pixels.shape, generator=g), config.patch_size)
-    labels = torch.from_numpy(labels[index].astype(np.int64)) if config.num_classes else None
-    return dict(clean=clean, noise=noise, sigma=sigma, labels=labels)
+    classes = None
+    if config.num_classes:
+        own = np.split(labels, np.cumsum([len(x) for x in images])[:-1])
+        classes = torch.from_numpy(np.concatenate([part[:each] for part in own]))
+    return dict(clean=clean, noise=noise, sigma=sigma, labels=classes)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -452,15 +452,14 @@ def report(cfg, device, autocast, limit=512):
     path = cfg.ckpt or os.path.join(cfg.out_dir, "ft.pt")
     denoiser, checkpoint = sample.load_denoiser(path, device=device)
     config, edges, result = denoiser.config, np.linspace(math.log(0.002), math.log(80.0), 11), {}
+    shape = (config.image_size, config.image_size, config.channels)
     print("| set | ln sigma | " + " | ".join(f"{v:.2f}" for v in (edges[:-1] + edges[1:]) / 2)
           + " | bits per dimension |\n" + "|---" * 13 + "|")
     for name in cfg.data.split(","):
         images, labels, meta = open_dataset(name, "val")
-        if images.shape[1:] != (config.image_size, config.image_size, config.channels):
-            sys.exit(f"{name} has images of shape {images.shape[1:]}, but the model makes "
-                     f"{config.image_size} x {config.image_size} with {config.channels} channels")
-        if images.dtype != np.uint8:
-            sys.exit(f"{name} holds {images.dtype} latents: bits per dimension need 8-bit images")
+        if images.dtype != np.uint8 or images.shape[1:] != shape:
+            sys.exit(f"{name} holds {images.dtype} images of shape {images.shape[1:]}, but bits "
+                     f"per dimension need 8-bit ones of the model's {shape}")
         if config.num_classes and meta["class_names"] != checkpoint.get("class_names"):
             sys.exit(f"{name} has not the {config.num_classes} classes of the model, but "
                      f"{len(meta['class_names'] or [])} others: name sets with its classes")
@@ -491,62 +490,54 @@ def report(cfg, device, autocast, limit=512):
 # Set-up: where to start from.
 
 
-def task_fisher(cfg, denoiser, batches, device, autocast, rank, world):
-    """The Fisher information of a model on the data that cfg names, without what it replays."""
-    sets, labels, _ = open_union(cfg.data.split(","))
+def fitting(stored, tensors):
+    """Those of `stored` that have the name and the shape of one of `tensors`, on its device."""
+    return {n: stored[n].to(t.device) for n, t in tensors.items()
+            if n in stored and stored[n].shape == t.shape}
+
+
+def task_fisher(cfg, denoiser, data_hash, earlier, device, autocast, rank, world):
+    """Importance of the weights, by name: `earlier`, and for the data of a run (without replay)."""
+    sets, labels, meta = open_union(cfg.data.split(","))
+    if meta["hash"] != data_hash:
+        sys.exit(f"--ewc needs the data that the model was trained on, and {cfg.data} has changed: "
+                 "put it back, or leave --ewc out")
     cfg = replace(cfg, distill_from=None, loss="diffusion", batch_size=max(cfg.batch_size, world))
     stream = Stream(sets, labels, cfg, denoiser.config, device, rank, world)
-    batches = (stream.load(cfg.steps + n) for n in range(batches))
-    return fisher_information(denoiser.to(device), denoiser.config, batches, autocast)
-
-
-def add_importance(kept, start, cfg, fisher_of):
-    """`kept` and the importance for the task of --init_from, which was learned without EWC."""
-    known = {f.name for f in fields(Config)}
-    old = Config(**{k: v for k, v in start["config"].items() if k in known})
-    names = old.data.split(",")
-    here = all(os.path.exists(os.path.join(d, "meta.json")) for d in names)
-    if not here or open_union(names)[2]["hash"] != start.get("data_hash"):
-        sys.exit(f"--ewc needs the data that {cfg.init_from} was trained on, and {old.data} is not "
-                 "there or has changed: put it back, or leave --ewc out")
-    own = fisher_of(old, denoiser_from_checkpoint(start, cfg.init_weights), cfg.fisher_batches)
-    return {n: f + kept[n].to(f.device) if n in kept else f for n, f in own.items()}
+    batches = (stream.load(cfg.steps + n) for n in range(cfg.fisher_batches))
+    own = fisher_information(denoiser.to(device), denoiser.config, batches, autocast)
+    return own | {n: own[n] + f for n, f in fitting(earlier, own).items()}
 
 
 def held_back(cfg, start, resumed, data_hash, denoiser, fisher_of):
-    """What the weights are pulled to and how strongly: anchor, importance (by name), strength.
+    """What the weights are pulled to, what each of them counts, and how strongly it is pulled.
 
-    The anchor is the weights of --init_from; a second stage on the same data goes on with that of
-    the first. Parameters that begin afresh are free. Without l2_prev and ewc there is no strength,
-    but the importance of earlier tasks is kept for later ones. All are None without a start.
-    fisher_of(config of a run, denoiser, batches) is `task_fisher` on this machine.
+    Anchor, importance and strength, by name. The anchor is the weights of --init_from (`start`); a
+    second stage on the same data goes on with that of the first. Parameters that begin afresh are
+    free. Without l2_prev and ewc there is no anchor, but the importance is kept for later tasks.
+    fisher_of(config of a run, denoiser, data_hash, earlier) is `task_fisher` on this machine.
     """
-    def fitted(stored):
-        return {n: stored[n].to(p.device) if n in stored and stored[n].shape == p.shape
-                else torch.zeros_like(p) for n, p in denoiser.named_parameters()}
-
     pulled = cfg.l2_prev > 0 or cfg.ewc > 0
-    if not start:
-        if pulled:
-            sys.exit("--l2_prev and --ewc pull to the weights of --init_from: give that")
-        return None, None, None
-    complete = "anchor" in start and (not cfg.ewc or "importance" in start)
-    if resumed and pulled and not complete:
+    anchor, importance = start.get("anchor"), start.get("importance", {})
+    begins = not anchor or (cfg.ewc > 0 and not importance)
+    if resumed and pulled and begins:
         sys.exit("--l2_prev and --ewc cannot begin in the middle of a run: start one from its "
                  "checkpoint with --init_from")
-    if resumed or (complete and start.get("data_hash") == data_hash):
-        anchor, kept = start.get("anchor"), start.get("importance", {})
-    else:
-        anchor = start["ema" if cfg.init_weights == "ema" else "model"]
-        kept = start.get("fisher") or start.get("importance") or {}
-        if cfg.ewc and "fisher" not in start:
-            kept = add_importance(kept, start, cfg, fisher_of)
-    if not pulled:
-        return None, {n: v.cpu() for n, v in kept.items()}, None
-    importance = fitted(kept)
-    known = fitted({n: torch.ones_like(v) for n, v in anchor.items()})
-    strength = [known[n] * (cfg.l2_prev + cfg.ewc * importance[n]) for n in importance]
-    return fitted(anchor), importance if kept else None, strength
+    if begins or not (resumed or start.get("data_hash") == data_hash):
+        anchor = start.get("ema" if cfg.init_weights == "ema" else "model")
+        importance = start.get("fisher", importance)
+        if cfg.ewc > 0 and "fisher" not in start:  # its task was learned without EWC
+            known = {f.name for f in fields(Config)}
+            run = Config(**{k: v for k, v in start["config"].items() if k in known})
+            importance = fisher_of(replace(run, fisher_batches=cfg.fisher_batches),
+                                   denoiser_from_checkpoint(start, cfg.init_weights),
+                                   start.get("data_hash"), importance)
+    parameters = dict(denoiser.named_parameters())
+    anchor = fitting(anchor, parameters) if pulled else {}
+    importance = fitting(importance, parameters)
+    strength = {n: cfg.l2_prev + cfg.ewc * importance.get(n, torch.zeros_like(a))
+                for n, a in anchor.items()}
+    return anchor, importance, strength
 
 
 def taken_up(given):
@@ -563,64 +554,57 @@ def taken_up(given):
         sys.exit(f"--resume found no {' or '.join(names)} in {out_dir}: start without it, or name "
                  "the run's --out_dir")
     path = run_of[max(run_of, key=os.path.getmtime)]
-    for file in (path, previous_name(path)):
-        try:
-            return path, load_checkpoint(file), file
-        except SystemExit as e:
-            print(f"{e.code}; falling back to {previous_name(path)}" if file == path else e.code,
-                  file=sys.stderr)
-    sys.exit(f"neither {path} nor {previous_name(path)} can be read: start afresh without --resume")
+    try:
+        return path, load_checkpoint(path), path
+    except SystemExit as e:
+        before = previous_name(path)
+        print(f"{e.code}; falling back to {before}", file=sys.stderr)
+        return path, load_checkpoint(before), before
 
 
-def model_config(cfg, given, meta, seen, start, resumed, say):
+def model_config(cfg, given, meta, labels, start, resumed, say):
     """The network's configuration: from the checkpoint it starts from, else preset and flags.
 
-    seen: labels of the images to train on, which join the classes that the checkpoint knows.
+    labels: of the images to train on, which join the classes that the checkpoint knows.
     """
-    sizes = dict.fromkeys(DECODER, 0) | PRESETS[cfg.preset]
-    sizes.update({k: getattr(cfg, k) for k in ARCHITECTURE if getattr(cfg, k) is not None})
-    if start:
-        theirs = asdict(stored_config(start))
-        wanted = {k: given[k] for k in ARCHITECTURE if k in given}
-        asked = PRESETS.get(given.get("preset"), {}) | wanted | {"channels": meta["channels"]}
-        for k in asked:
-            if asked[k] != theirs[k] and (resumed or k not in DECODER):
-                sys.exit(f"{k} is {asked[k]}, but {'the run' if resumed else cfg.init_from} has "
-                         f"{theirs[k]}: leave the flag out, or start from another checkpoint")
-            if asked[k] != theirs[k]:
-                say(f"{k} is {asked[k]}, in {cfg.init_from} it was {theirs[k]}")
-        sizes = {k: theirs[k] for k in ARCHITECTURE} | wanted
+    if start and not resumed and "class_cond" not in given and meta["class_names"]:
+        cfg.class_cond = start["architecture"]["num_classes"] > 0  # stays what it was
     classes = len(meta["class_names"] or []) if cfg.class_cond else 0
     if cfg.class_cond and not classes:
         sys.exit(f"--class_cond needs labels, and {cfg.data} has none: prepare it from a folder "
                  "with one sub-folder a class, or leave the flag out")
-    if resumed and classes != theirs["num_classes"]:
-        sys.exit(f"{cfg.data} has {classes} classes, but the run has {theirs['num_classes']}: "
-                 "resume on the data it began with, or start a new run with --init_from")
-    known = np.unique(seen).tolist() if classes else []
-    if classes and start and start.get("class_names") == meta["class_names"]:
-        before = theirs["known_classes"] or range(theirs["num_classes"])
-        known = sorted({*known, *before})
-    segments = cfg.cm_segments if cfg.loss == "consistency" else 0
-    config = ModelConfig(image_size=meta["size"], channels=meta["channels"], num_classes=classes,
-                         sigma_data=meta["sigma_data"], cm_segments=segments,
-                         known_classes=tuple(known), **sizes)
+    known = set(np.unique(labels).tolist()) if classes else set()
+    asked = PRESETS.get(given.get("preset"), {}) | {k: given[k] for k in ARCHITECTURE if k in given}
+    sizes = dict.fromkeys(DECODER, 0) | PRESETS[cfg.preset]
+    if start:
+        sizes = asdict(stored_config(start))
+        for k, value in dict(asked, channels=meta["channels"]).items():
+            if value != sizes[k] and (resumed or k not in DECODER):
+                sys.exit(f"{k} is {value}, but {'the run' if resumed else cfg.init_from} has "
+                         f"{sizes[k]}: leave the flag out, or start from another checkpoint")
+        if resumed and classes != sizes["num_classes"]:
+            sys.exit(f"{cfg.data} has {classes} classes, but the run has {sizes['num_classes']}: "
+                     "resume on the data it began with, or start a new run with --init_from")
+        if classes and start.get("class_names") == meta["class_names"]:
+            known.update(sizes["known_classes"])
+    config = ModelConfig(**(sizes | asked | dict(
+        image_size=meta["size"], channels=meta["channels"], sigma_data=meta["sigma_data"],
+        num_classes=classes, known_classes=tuple(sorted(known)),
+        cm_segments=cfg.cm_segments if cfg.loss == "consistency" else 0)))
     for k in ARCHITECTURE:
         setattr(cfg, k, getattr(config, k))
     return config
 
 
 def load_initial(denoiser, weights, path, say):
-    """Load another run's weights; label embedding and decoder may differ, and then start afresh."""
+    """Load the weights of `path`; label embedding and decoder may differ, and then start afresh."""
     mine = denoiser.state_dict()
-    fits = {n for n in mine if n in weights and mine[n].shape == weights[n].shape}
-    differ = {n.split(".")[1] for n in {*mine, *weights} - fits}
-    if "labels" in differ:
-        say(f"the classes are not those of {path}: the label embedding starts afresh")
-    if differ - {"labels"}:
-        say(f"the decoder is not that of {path}: left out, or begun afresh: "
-            + ", ".join(sorted(differ - {"labels"})))
-    denoiser.load_state_dict(mine | {n: weights[n] for n in fits})
+    fits = fitting(weights, mine)
+    differ = sorted({n.split(".")[1] for n in {*mine, *weights} - {*fits}})
+    if differ:
+        say(f"not as in {path}: {', '.join(differ)} (a label embedding starts afresh, a decoder "
+            "begins afresh or is left out)")
+    denoiser.load_state_dict(mine | fits)
 
 
 def pick_dtype(name, device, gap=1.0):
@@ -686,7 +670,6 @@ def update_ema(ema, model, decay, step):
 def main(argv=None):
     given = parse_flags(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
 
     def say(text):
         if rank == 0:
@@ -695,20 +678,15 @@ def main(argv=None):
     # -- where the run starts -------------------------------------------------------------------
     path, checkpoint, source = taken_up(given)
     previous = {k: v for k, v in (checkpoint or {}).get("config", {}).items() if k != "resume"}
-    device = sample.pick_device((previous | given).get("device", "auto"), local)
-    start = checkpoint
-    if given.get("loss") == "consistency" and not checkpoint and "init_from" not in given:
-        sys.exit("--loss=consistency tunes a trained model: give its --init_from=out/ft.pt")
-    if not checkpoint and "init_from" in given:
-        start = load_checkpoint(given["init_from"])
+    device = sample.pick_device((previous | given).get("device", "auto"),
+                                int(os.environ.get("LOCAL_RANK", 0)))
+    start = checkpoint or (load_checkpoint(given["init_from"]) if "init_from" in given else {})
     cfg = resolve(given, previous, device)
     check(cfg)
-    stages = math.ceil(cfg.steps / cfg.cm_stage_length) if cfg.loss == "consistency" else 0
-    gap = cfg.cm_q**-stages  # 1 - r/t at the end
+    gap = last_gap(cfg)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        precise = gap < 1 / 16  # see pick_dtype
-        torch.set_float32_matmul_precision("highest" if precise else "high")
+        torch.set_float32_matmul_precision("highest" if gap < 1 / 16 else "high")  # see pick_dtype
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=20))
@@ -717,7 +695,6 @@ def main(argv=None):
         prepare(None, cfg.data)
     if world > 1:
         dist.barrier()
-
     dtype = pick_dtype(cfg.dtype, device, gap)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if cfg.eval_only:
@@ -730,57 +707,49 @@ def main(argv=None):
     # -- data and network -----------------------------------------------------------------------
     names, replayed = cfg.data.split(","), cfg.replay.split(",") if cfg.replay else []
     images, labels, meta = open_union(names + replayed)
-    meta = meta | {"hash": open_union(names)[2]["hash"]}
-    val_images, val_labels, _ = open_union(names, "val")
+    val_images, val_labels, val_meta = open_union(names, "val")
+    data_hash = val_meta["hash"]  # of what is learned, without what is replayed
     starts = np.cumsum([0] + [len(x) for x in images])
     new, remembered = np.arange(starts[len(names)]), []  # numbers of images to learn, to replay
     for name, begin, end in zip(replayed, starts[len(names) :], starts[len(names) + 1 :]):
         remembered.extend(begin + choose_buffer(end - begin, open_dataset(name)[1],
                                                 cfg.replay_buffer, sample.seed_of(cfg.seed, 6)))
-    if start and not checkpoint and "class_cond" not in given and meta["class_names"]:
-        cfg.class_cond = start["architecture"]["num_classes"] > 0  # stays what it was
     seen = [] if labels is None else labels[np.concatenate([new, remembered]).astype(np.int64)]
     config = model_config(cfg, given, meta, seen, start, checkpoint is not None, say)
-    for ratio in {cfg.mask_ratio, cfg.mask_ratio_end or 0}:  # refuses what hides nothing
-        count_visible(config.grid, ratio, cfg.mask_type, cfg.block_size)
-    counts = [count_visible(config.grid, ratio, cfg.mask_type, cfg.block_size)
-              for ratio in mask_ratios(cfg, config.grid)]
-    k = max(counts)
-    share = cfg.batch_size // world
+    mask = cfg.mask_type, cfg.block_size
+    for ratio in (cfg.mask_ratio, cfg.mask_ratio_end or 0):  # refuses what hides nothing
+        count_visible(config.grid, ratio, *mask)
+    counts = [count_visible(config.grid, r, *mask, may_hide_none=True) for r in mask_ratios(cfg)]
+    k, share = max(counts), cfg.batch_size // world
     micro = pick_micro_batch(cfg.micro_batch, share, k * config.dim, device)
     if micro < 1 or cfg.batch_size % (world * micro):
         sys.exit(f"batch_size {cfg.batch_size} is not divisible by {world} processes x micro_batch "
                  f"{cfg.micro_batch or 1}: change one of the three")
     torch.manual_seed(sample.seed_of(cfg.seed, 4))
     denoiser = Denoiser(config)
-    if checkpoint:
-        denoiser.load_state_dict(checkpoint["model"])
-    elif start:
-        load_initial(denoiser, start[cfg.init_weights if cfg.init_weights == "ema" else "model"],
-                     cfg.init_from, say)
+    if start:
+        which = "ema" if cfg.init_weights == "ema" and not checkpoint else "model"
+        load_initial(denoiser, start[which], cfg.init_from, say)
     denoiser.to(device)
     ema = Denoiser(config).to(device).eval().requires_grad_(False)
-    ema.load_state_dict(denoiser.state_dict())
+    ema.load_state_dict(checkpoint["ema"] if checkpoint else denoiser.state_dict())
     teacher = None
     if cfg.distill_from and cfg.distill_coef > 0:
         also = ("decoder_depth", "dense_depth")
         teacher, _ = sample.load_denoiser(cfg.distill_from, "ema", device, config, also)
     stream = Stream(images, labels, cfg, config, device, rank, world, new, remembered, teacher)
-    if stream.n_new < 0 or (stream.n_new == 0 and cfg.replay_frac < 1):
-        sys.exit(f"--replay_frac {cfg.replay_frac} leaves no new images: give less, such as 0.25")
     fisher_of = partial(task_fisher, device=device, autocast=autocast, rank=rank, world=world)
-    anchor, importance, strength = held_back(cfg, start, checkpoint is not None, meta["hash"],
+    anchor, importance, strength = held_back(cfg, start, checkpoint is not None, data_hash,
                                              denoiser, fisher_of)
     kind = dict(adamw=partial(torch.optim.AdamW, fused=True),
                 radam=partial(torch.optim.RAdam, decoupled_weight_decay=True))[cfg.optimizer]
     optimizer = kind(denoiser.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
                      weight_decay=cfg.weight_decay)
-    step = 0
-    run_id = f"{sample.seed_of(cfg.seed, time.time_ns()):016x}"
+    step, run_id = 0, f"{sample.seed_of(cfg.seed, time.time_ns()):016x}"
     name = run_name(asdict(cfg))
     path = path or os.path.join(cfg.out_dir, name + ".pt")
     if checkpoint:
-        ema.load_state_dict(checkpoint["ema"])
+        step, run_id = checkpoint["step"], checkpoint.get("run_id", run_id)
         try:
             optimizer.load_state_dict(checkpoint["optimizer"])
             for group in optimizer.param_groups:  # they came with the state; flags may have changed
@@ -788,86 +757,85 @@ def main(argv=None):
         except Exception as e:  # the file may hold anything under this name
             sys.exit(f"{source} has no usable state of the optimizer ({type(e).__name__}): start "
                      f"another run with --init_from={source}")
-        step, run_id = checkpoint["step"], checkpoint.get("run_id", run_id)
         for key in sorted(set(given) - {"resume"}):
             if previous.get(key) != given[key]:
                 say(f"changed: {key} was {previous.get(key)}, is {given[key]}")
-        if checkpoint.get("data_hash") != meta["hash"]:
+        if checkpoint.get("data_hash") != data_hash:
             say(f"changed: the images of {cfg.data} are not those that this run began with")
-        if rank == 0 and source != path and os.path.exists(path):
-            os.replace(path, path + ".broken")  # or it would become the *.prev.pt of the next save
         cfg.out_dir = os.path.dirname(path) or "."  # the folder may have been moved
         say(f"resumed from step {step}")
     if world > 1:
-        dist.barrier()  # all have read what they start from
-    if not checkpoint and rank == 0:
+        steps = [None] * world
+        dist.all_gather_object(steps, step)  # after this all have read what they start from
+        if min(steps) < max(steps):
+            sys.exit(f"the processes start from steps {min(steps)} to {max(steps)}: {cfg.out_dir} "
+                     "must be on storage that all nodes share")
+    if rank == 0:
         os.makedirs(cfg.out_dir, exist_ok=True)
-        for file in (path, previous_name(path)):  # neither may pass for a checkpoint of this run
-            if os.path.exists(file):
-                old, used = os.path.splitext(file)[0] + ".old.pt", cfg.distill_from or ""
-                if os.path.exists(old) and os.path.realpath(used) == os.path.realpath(old):
-                    sys.exit(f"--distill_from {used} would be replaced by {file}: rename it, or "
-                             "give another --out_dir")
-                if os.path.realpath(used) == os.path.realpath(file):
-                    cfg.distill_from = old  # where a resumed run finds it
-                os.replace(file, old)
-                say(f"{file} of an earlier run is now {old}")
-    if world > 1:
-        steps = torch.tensor([step, -step], device=device)
-        dist.all_reduce(steps, dist.ReduceOp.MAX)
-        highest, lowest = int(steps[0]), -int(steps[1])
-        if lowest != highest:
-            sys.exit(f"the processes start from steps {lowest} to {highest}: {cfg.out_dir} must be "
-                     "on storage that all nodes share")
+        # A damaged file must not become the *.prev.pt of the next save, nor may what an earlier run
+        # left pass for a checkpoint of this one.
+        moves = {path: path + ".broken"} if checkpoint and source != path else {}
+        if not checkpoint:
+            moves = {f: os.path.splitext(f)[0] + ".old.pt" for f in (path, previous_name(path))}
+        for file in filter(os.path.exists, moves):
+            old, used = moves[file], os.path.realpath(cfg.distill_from or "")
+            if used == os.path.realpath(old):
+                sys.exit(f"--distill_from {cfg.distill_from} would be replaced by {file}: rename "
+                         "it, or give another --out_dir")
+            if used == os.path.realpath(file):
+                cfg.distill_from = old  # where a resumed run finds it
+            os.replace(file, old)
+            say(f"{file} is now {old}")
     if cfg.compile:
         torch._dynamo.config.recompile_limit = 16  # six mask ratios, with gradient and without
         denoiser.compile(dynamic=False)
     model = denoiser
     if world > 1:
-        gpu = [device] if device.type == "cuda" else None
-        model = DistributedDataParallel(denoiser, device_ids=gpu, gradient_as_bucket_view=True,
+        model = DistributedDataParallel(denoiser, gradient_as_bucket_view=True,
                                         broadcast_buffers=False)
     levels = (cfg.p_mean, cfg.p_std) if cfg.loss == "consistency" else (-1.2, 1.2)
     validation = validation_set(val_images, val_labels, config, levels)
+    edges = sample.segment_edges(cfg.cm_segments).to(device, torch.float32)
 
     say("\n".join(f"{key:>14} = {v}" for key, v in asdict(cfg).items() if v is not None))
     size = sum(p.numel() for p in denoiser.parameters()) / 1e6
     say(f"{size:.2f} M parameters on {world} x {device} in {str(dtype)[6:]}; {len(stream.new)} "
-        f"images; {', '.join(map(str, counts))} of {config.grid**2} patches visible (mask ratio "
-        f"{1 - counts[0] / config.grid**2:.4g}); writing {path}")
+        f"images; {', '.join(map(str, counts))} of {config.grid**2} patches visible; "
+        f"writing {path}")
     if cfg.loss == "consistency":
-        say(f"{stages} stages, to a gap 1 - r/t of {gap:.3g} at high noise levels")
-    for what, (pool, n, coef) in zip(("replayed", "distilled"), stream.parts[1:]):
-        if n:
-            say(f"{n} of {cfg.batch_size} images of a batch are {what}, with coefficient {coef}"
-                + (f", from {len(pool)}" if what == "replayed" else ""))
-    if cfg.batch_size > len(stream.new):
-        say(f"a batch of {cfg.batch_size} holds some of these {len(stream.new)} images repeatedly")
+        say(f"the pairs close to a gap 1 - r/t of {gap:.3g} at high noise levels")
 
     # -- saving, logging, stopping ----------------------------------------------------------------
     continual = {k: v for k, v in (("anchor", anchor), ("importance", importance)) if v}
 
-    def save(to=path):
-        """Whether the checkpoint is on disk. A full disk does not stop the run before its end."""
-        if rank > 0:
-            return True
+    def write(what, how, *args):
+        """Whether how(*args) wrote it. A full disk does not stop the run before its end."""
         try:
-            save_checkpoint(to, dict(
-                model=denoiser.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                architecture=asdict(config), config=asdict(cfg), step=step, run_id=run_id,
-                data_hash=meta["hash"], class_names=meta["class_names"], **continual))
+            how(*args)
             return True
         except (OSError, RuntimeError) as e:
-            say(f"step {step}: {to} could not be written ({e}); the checkpoint before it is kept")
+            say(f"step {step}: {what} could not be written ({e})")
             return False
 
+    def save(to=path):
+        """Whether the checkpoint is on disk; if not, the one before it is kept."""
+        return rank > 0 or write(to, save_checkpoint, to, dict(
+            model=denoiser.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+            architecture=asdict(config), config=asdict(cfg), step=step, run_id=run_id,
+            data_hash=data_hash, class_names=meta["class_names"], **continual))
+
     def log(**record):
+        def append():
+            with open(os.path.join(cfg.out_dir, "log.jsonl"), "a") as f:
+                f.write(json.dumps(dict(run=name, step=step, **record)) + "\n")
+
         if rank == 0:
-            try:
-                with open(os.path.join(cfg.out_dir, "log.jsonl"), "a") as f:
-                    f.write(json.dumps(dict(run=name, step=step, **record)) + "\n")
-            except OSError as e:
-                say(f"step {step}: log.jsonl could not be written ({e})")
+            write("log.jsonl", append)
+
+    def loss_of(model, step, **batch):
+        if cfg.loss == "consistency":
+            return consistency_objective(model, config, cfg, step, edges, **batch)
+        return objective(model, config, mae_weight=cfg.mae_weight, **batch)
 
     @torch.no_grad()
     def evaluate():
@@ -885,13 +853,6 @@ def main(argv=None):
             dist.all_reduce(total)
         log(val_loss=total.item() / n)
         say(f"step {step}: validation loss {total.item() / n:.4f}")
-
-    edges = sample.segment_edges(cfg.cm_segments).to(device, torch.float32)
-
-    def loss_of(model, step, **batch):
-        if cfg.loss == "consistency":
-            return consistency_objective(model, config, cfg, step, edges, **batch)
-        return objective(model, config, mae_weight=cfg.mae_weight, **batch)
 
     caught = []  # (signal, when)
 
@@ -914,15 +875,15 @@ def main(argv=None):
         return int(number)
 
     # -- the loop ---------------------------------------------------------------------------------
-    log(event="start", config=asdict(cfg), replayed=stream.n_replayed / cfg.batch_size,
-        distilled=stream.n_distilled / cfg.batch_size)
+    log(event="start", config=asdict(cfg), replayed=stream.parts[1][1] / cfg.batch_size,
+        distilled=stream.parts[2][1] / cfg.batch_size)
     bar = tqdm(total=cfg.steps, initial=step, desc=name, disable=rank > 0, unit="step")
+    held = [p for n, p in denoiser.named_parameters() if n in strength]
     started = saved = time.time()
-    first, seen, bad, waited = step, 0, 0, 0.0
+    first, bad, waited, stop = step, 0, 0.0, 0
     threads = torch.get_num_threads()
     loader = ThreadPoolExecutor(1, initializer=start_loader, initargs=(device,))
     pending = loader.submit(stream.load, step) if step < cfg.steps else None
-    stop = 0
     while step < cfg.steps and not stop:
         asked = time.time()
         batch = pending.result()
@@ -931,19 +892,17 @@ def main(argv=None):
             torch.set_num_threads(threads)  # the loader's call changed MKL's number for all threads
         pending = loader.submit(stream.load, step + 1)
         index = batch.pop("index")
-        shared = {key: batch.pop(key) for key in ("references", "reference_labels") if key in batch}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
         loss = torch.zeros((), device=device)
         starts = range(0, share, micro)
         with autocast:  # around all parts: the weights are cast once a step
             for i in starts:
-                part = {key: None if t is None else t[i : i + micro] for key, t in batch.items()}
+                part = {key: t if t is None or "reference" in key else t[i : i + micro]
+                        for key, t in batch.items()}  # the references are for all parts
                 model.require_backward_grad_sync = i == starts[-1]  # DDP: after the last part alone
-                weight = part.pop("weight", None)
                 part = with_teacher(teacher, **part) if teacher else part
-                part_loss = loss_of(model, step, **part, **shared)
-                part_loss = (part_loss if weight is None else weight * part_loss).mean()
+                part_loss = (stream.weight[i : i + micro] * loss_of(model, step, **part)).mean()
                 (part_loss / len(starts)).backward()
                 loss += part_loss.detach() / len(starts)
         if world > 1:
@@ -955,8 +914,8 @@ def main(argv=None):
             if 0 < cfg.grad_clip < norm:
                 torch.nn.utils.clip_grads_with_norm_(
                     denoiser.parameters(), cfg.grad_clip, total_norm)
-            if strength:  # what is clipped is the loss alone, or little would be learned
-                penalty = add_penalty(list(denoiser.parameters()), [*anchor.values()], strength)
+            if held:  # what is clipped is the loss alone, or little would be learned
+                penalty = add_penalty(held, [*anchor.values()], [*strength.values()])
             optimizer.step()
             update_ema(ema, denoiser, cfg.ema, step)
             bad = 0
@@ -968,28 +927,26 @@ def main(argv=None):
             say(f"step {step} skipped: loss {loss}, gradient norm {norm}, sigma {low:.3g} to "
                 f"{high:.3g}")
         optimizer.zero_grad(set_to_none=True)
-        step, seen = step + 1, seen + cfg.batch_size
+        step += 1
         bar.update()
         if bad >= 10:
             say(f"stopped: {bad} steps in a row were not finite; the last checkpoint is as it was")
             break
         stop = asked_to_stop()
         if cfg.log_every and step % cfg.log_every == 0 and not bad:
-            rate = seen / (time.time() - started)
+            seconds = time.time() - started
+            rate = (step - first) * cfg.batch_size / seconds
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
             log(loss=loss, grad_norm=norm, lr=learning_rate(cfg, step - 1), images_per_s=rate,
-                seconds=time.time() - started, seconds_waited_for_data=waited,
-                **({"penalty": penalty.item()} if strength else {}))
+                seconds=seconds, seconds_waited_for_data=waited,
+                **({"penalty": penalty.item()} if held else {}))
         aside = time.time()  # the clock of training stands until the next step
         if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps and not stop:
             evaluate()
         if cfg.sample_every and step % cfg.sample_every == 0 and rank == 0:
-            grid = [x for _, x in sample.generate(ema, range(16), seed=cfg.seed)]
-            try:
-                picture = os.path.join(cfg.out_dir, f"{name}_{step:07d}.png")
-                sample.save_grid(picture, np.concatenate(grid))
-            except OSError as e:
-                say(f"step {step}: the samples could not be written ({e})")
+            grid = np.concatenate([x for _, x in sample.generate(ema, range(16), seed=cfg.seed)])
+            picture = os.path.join(cfg.out_dir, f"{name}_{step:07d}.png")
+            write(picture, sample.save_grid, picture, grid)
         clock = cfg.save_minutes and time.time() - saved > 60 * cfg.save_minutes
         if stop or clock or (cfg.save_every and step % cfg.save_every == 0 and step < cfg.steps):
             written = save()
@@ -1001,24 +958,20 @@ def main(argv=None):
     loader.shutdown(cancel_futures=True)
     if bad >= 10:
         sys.exit(3)
-    if stop:
-        if world > 1:
-            dist.barrier()  # torchrun ends all processes when the first one leaves
-            dist.destroy_process_group()
-        say(f"stopped by {signal.Signals(stop).name} after step {step}"
-            + (f": {path} is saved, go on with --resume" if written else ""))
-        sys.exit(128 + stop)
-    if step > first or not checkpoint:  # a finished run taken up again has nothing to add
+    if not stop and (step > first or not checkpoint):  # else a finished run has nothing to add
         evaluate()
         if not save():
             sys.exit(f"{path} could not be written: free some space and run again with --resume")
-    if cfg.ewc and (step > first or "fisher" not in (checkpoint or {})):
-        own = fisher_of(cfg, ema.requires_grad_(True), cfg.fisher_batches)
-        continual["fisher"] = {n: f + importance[n] for n, f in own.items()}  # for the next task
-        save()
+    if not stop and cfg.ewc and (step > first or "fisher" not in (checkpoint or {})):
+        continual["fisher"] = fisher_of(cfg, ema.requires_grad_(True), data_hash, importance)
+        save()  # for the next task
     if world > 1:
-        dist.barrier()
+        dist.barrier()  # torchrun ends all processes when the first one leaves
         dist.destroy_process_group()
+    if stop:
+        say(f"stopped by {signal.Signals(stop).name} after step {step}"
+            + (f": {path} is saved, go on with --resume" if written else ""))
+        sys.exit(128 + stop)
     say(f"wrote {path} after {step} steps")
 
 

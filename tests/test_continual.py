@@ -64,8 +64,8 @@ def test_a_batch_has_its_share_of_old_images_and_they_weigh_their_coefficient(ta
     batches = [stream.load(n) for n in range(24)]
     for b in batches:
         assert (b["index"][:7] < 24).all() and set(b["index"][7:]) <= {24, 33, 42, 51}
-        # the loss: mean of the new ones + 0.1 * mean of the old ones
-        assert torch.allclose(b["weight"], torch.tensor([10 / 7] * 7 + [0.1 * 10 / 3] * 3))
+    # the loss: mean of the new ones + 0.1 * mean of the old ones
+    assert torch.allclose(stream.weight, torch.tensor([10 / 7] * 7 + [0.1 * 10 / 3] * 3))
     new = np.concatenate([b["index"][:7] for b in batches])
     assert (np.bincount(new[:168]) == 7).all()  # 24 images, each once an epoch
 
@@ -250,7 +250,7 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(tasks, ratio
     teacher.load_state_dict(student.state_dict())
     stream = stream_of(tasks, replay_frac=1.0, distill_from="teacher", mask_ratio=ratio, mask_type="patch")()
     batch = stream.load(0)
-    del batch["index"], batch["weight"]
+    del batch["index"]
     batch = train.with_teacher(teacher, **batch)
     loss = train.objective(student, CONFIG, **batch)
     assert loss.abs().max() < 1e-10
@@ -263,7 +263,7 @@ def test_distilled_images_are_two_euler_steps_of_the_teacher_and_others_stay(tas
     torch.nn.init.normal_(teacher.net.head.weight, std=0.1)
     batch = stream_of(tasks, replay_frac=0.4, distill_from="teacher")().load(0)
     assert batch["distilled"].tolist() == [False] * 6 + [True] * 4
-    del batch["index"], batch["weight"]
+    del batch["index"]
     ours = train.with_teacher(teacher, **batch)
     assert torch.equal(ours["clean"][:6], batch["clean"][:6]) and torch.equal(ours["target"][:6], batch["clean"][:6])
     middle = ((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7
