@@ -509,12 +509,12 @@ def task_fisher(cfg, denoiser, data_hash, earlier, device, autocast, rank, world
     return own | {n: own[n] + f for n, f in fitting(earlier, own).items()}
 
 
-def held_back(cfg, start, resumed, data_hash, denoiser, fisher_of):
+def held_back(cfg, start, resumed, weights, data_hash, denoiser, fisher_of):
     """What the weights are pulled to, what each of them counts, and how strongly it is pulled.
 
-    Anchor, importance and strength, by name. The anchor is the weights of --init_from (`start`); a
-    second stage on the same data goes on with that of the first. Parameters that begin afresh are
-    free. Without l2_prev and ewc there is no anchor, but the importance is kept for later tasks.
+    Anchor, importance and strength, by name. The anchor is the `weights` of --init_from; a second
+    stage on the same data goes on with that of the first. Parameters that begin afresh are free.
+    Without l2_prev and ewc there is no anchor, but the importance is kept for later tasks.
     fisher_of(config of a run, denoiser, data_hash, earlier) is `task_fisher` on this machine.
     """
     pulled = cfg.l2_prev > 0 or cfg.ewc > 0
@@ -524,8 +524,7 @@ def held_back(cfg, start, resumed, data_hash, denoiser, fisher_of):
         sys.exit("--l2_prev and --ewc cannot begin in the middle of a run: start one from its "
                  "checkpoint with --init_from")
     if begins or not (resumed or start.get("data_hash") == data_hash):
-        anchor = start.get("ema" if cfg.init_weights == "ema" else "model")
-        importance = start.get("fisher", importance)
+        anchor, importance = weights, start.get("fisher", importance)
         if cfg.ewc > 0 and "fisher" not in start:  # its task was learned without EWC
             known = {f.name for f in fields(Config)}
             run = Config(**{k: v for k, v in start["config"].items() if k in known})
@@ -541,7 +540,7 @@ def held_back(cfg, start, resumed, data_hash, denoiser, fisher_of):
 
 
 def taken_up(given):
-    """(path, checkpoint, the file it was read from) of the run that --resume means, or None x 3."""
+    """(path, checkpoint, file it was read from) of the run that --resume means; {} for none."""
     how, out_dir = given.get("resume"), given.get("out_dir", Config.out_dir)
     names = [run_name(given) + ".pt"]
     if how == "last" and not {"mask_ratio", "mask_ratio_end", "init_from", "loss"} & set(given):
@@ -549,7 +548,7 @@ def taken_up(given):
     paths = [os.path.join(out_dir, n) for n in names]
     run_of = {f: p for p in paths for f in (p, previous_name(p)) if os.path.exists(f)}
     if how is None or (how == "auto" and not run_of):
-        return None, None, None
+        return None, {}, None
     if not run_of:
         sys.exit(f"--resume found no {' or '.join(names)} in {out_dir}: start without it, or name "
                  "the run's --out_dir")
@@ -562,7 +561,7 @@ def taken_up(given):
         return path, load_checkpoint(before), before
 
 
-def model_config(cfg, given, meta, labels, start, resumed, say):
+def model_config(cfg, given, meta, labels, start, resumed):
     """The network's configuration: from the checkpoint it starts from, else preset and flags.
 
     labels: of the images to train on, which join the classes that the checkpoint knows.
@@ -594,17 +593,6 @@ def model_config(cfg, given, meta, labels, start, resumed, say):
     for k in ARCHITECTURE:
         setattr(cfg, k, getattr(config, k))
     return config
-
-
-def load_initial(denoiser, weights, path, say):
-    """Load the weights of `path`; label embedding and decoder may differ, and then start afresh."""
-    mine = denoiser.state_dict()
-    fits = fitting(weights, mine)
-    differ = sorted({n.split(".")[1] for n in {*mine, *weights} - {*fits}})
-    if differ:
-        say(f"not as in {path}: {', '.join(differ)} (a label embedding starts afresh, a decoder "
-            "begins afresh or is left out)")
-    denoiser.load_state_dict(mine | fits)
 
 
 def pick_dtype(name, device, gap=1.0):
@@ -677,7 +665,7 @@ def main(argv=None):
 
     # -- where the run starts -------------------------------------------------------------------
     path, checkpoint, source = taken_up(given)
-    previous = {k: v for k, v in (checkpoint or {}).get("config", {}).items() if k != "resume"}
+    previous = checkpoint.get("config", {})
     device = sample.pick_device((previous | given).get("device", "auto"),
                                 int(os.environ.get("LOCAL_RANK", 0)))
     start = checkpoint or (load_checkpoint(given["init_from"]) if "init_from" in given else {})
@@ -687,22 +675,20 @@ def main(argv=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("highest" if gap < 1 / 16 else "high")  # see pick_dtype
+    dtype = pick_dtype(cfg.dtype, device, gap)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    if cfg.eval_only:
+        if rank == 0:
+            report(cfg, device, autocast)
+        return
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=20))
-    if rank == 0 and cfg.data == Config.data and not os.path.exists(cfg.data) and not cfg.eval_only:
+    if rank == 0 and cfg.data == Config.data and not os.path.exists(cfg.data):
         say(f"{cfg.data} is missing: making the built-in faces")
         prepare(None, cfg.data)
     if world > 1:
         dist.barrier()
-    dtype = pick_dtype(cfg.dtype, device, gap)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    if cfg.eval_only:
-        if world > 1:
-            dist.destroy_process_group()
-        if rank == 0:
-            report(cfg, device, autocast)
-        return
 
     # -- data and network -----------------------------------------------------------------------
     names, replayed = cfg.data.split(","), cfg.replay.split(",") if cfg.replay else []
@@ -715,7 +701,7 @@ def main(argv=None):
         remembered.extend(begin + choose_buffer(end - begin, open_dataset(name)[1],
                                                 cfg.replay_buffer, sample.seed_of(cfg.seed, 6)))
     seen = [] if labels is None else labels[np.concatenate([new, remembered]).astype(np.int64)]
-    config = model_config(cfg, given, meta, seen, start, checkpoint is not None, say)
+    config = model_config(cfg, given, meta, seen, start, resumed=bool(checkpoint))
     mask = cfg.mask_type, cfg.block_size
     for ratio in (cfg.mask_ratio, cfg.mask_ratio_end or 0):  # refuses what hides nothing
         count_visible(config.grid, ratio, *mask)
@@ -727,9 +713,14 @@ def main(argv=None):
                  f"{cfg.micro_batch or 1}: change one of the three")
     torch.manual_seed(sample.seed_of(cfg.seed, 4))
     denoiser = Denoiser(config)
-    if start:
-        which = "ema" if cfg.init_weights == "ema" and not checkpoint else "model"
-        load_initial(denoiser, start[which], cfg.init_from, say)
+    weights = start.get("model" if checkpoint or cfg.init_weights == "raw" else "ema", {})
+    mine = denoiser.state_dict()
+    fits = fitting(weights, mine)
+    differ = sorted({n.split(".")[1] for n in {*mine, *weights} - {*fits}})
+    if start and differ:
+        say(f"not as in {cfg.init_from}: {', '.join(differ)} (a label embedding starts afresh, a "
+            "decoder begins afresh or is left out)")
+    denoiser.load_state_dict(mine | fits)
     denoiser.to(device)
     ema = Denoiser(config).to(device).eval().requires_grad_(False)
     ema.load_state_dict(checkpoint["ema"] if checkpoint else denoiser.state_dict())
@@ -739,7 +730,7 @@ def main(argv=None):
         teacher, _ = sample.load_denoiser(cfg.distill_from, "ema", device, config, also)
     stream = Stream(images, labels, cfg, config, device, rank, world, new, remembered, teacher)
     fisher_of = partial(task_fisher, device=device, autocast=autocast, rank=rank, world=world)
-    anchor, importance, strength = held_back(cfg, start, checkpoint is not None, data_hash,
+    anchor, importance, strength = held_back(cfg, start, bool(checkpoint), weights, data_hash,
                                              denoiser, fisher_of)
     kind = dict(adamw=partial(torch.optim.AdamW, fused=True),
                 radam=partial(torch.optim.RAdam, decoupled_weight_decay=True))[cfg.optimizer]
@@ -962,7 +953,7 @@ def main(argv=None):
         evaluate()
         if not save():
             sys.exit(f"{path} could not be written: free some space and run again with --resume")
-    if not stop and cfg.ewc and (step > first or "fisher" not in (checkpoint or {})):
+    if not stop and cfg.ewc and (step > first or "fisher" not in checkpoint):
         continual["fisher"] = fisher_of(cfg, ema.requires_grad_(True), data_hash, importance)
         save()  # for the next task
     if world > 1:
