@@ -63,7 +63,7 @@ class ModelConfig:
             fits = sorted(divisors, key=lambda q: abs(q - p))[:2]  # the two nearest
             sys.exit(f"image size {size} is not divisible by patch_size {p}: use a patch_size of "
                      f"{min(fits)} or {max(fits)}, or data of {size // p * p or p} or "
-                     f"{(size // p + 1) * p} px")
+                     f"{size // p * p + p} px")
         for part in ("", "decoder_") if self.decoder_depth else ("",):
             dim, step = getattr(self, part + "dim"), 4 * getattr(self, part + "heads")
             if dim % step:
@@ -423,10 +423,9 @@ def objective(model, config, clean, noise, sigma, visible, labels, mae_weight=0.
     target = clean if target is None else target
     noisy = clean + sigma.view(-1, 1, 1) * noise
     denoised = model(noisy, sigma, visible, labels)
-    if visible is None or not config.decoder_depth or config.dense_depth:
-        return denoising_loss(denoised, target, sigma, config.sigma_data)
-    loss = denoising_loss(take(denoised, visible), take(target, visible), sigma, config.sigma_data)
-    return loss + mae_weight * reconstruction_loss(denoised, noisy, visible)
+    seen = visible if config.decoder_depth and not config.dense_depth else None
+    loss = denoising_loss(take(denoised, seen), take(target, seen), sigma, config.sigma_data)
+    return loss if seen is None else loss + mae_weight * reconstruction_loss(denoised, noisy, seen)
 
 
 def consistency_objective(model, config, cfg, step, edges, clean, noise, sigma, visible, labels,
@@ -473,9 +472,9 @@ def fisher_information(denoiser, config, batches, autocast):
     total = {n: torch.zeros_like(p) for n, p in denoiser.named_parameters()}
     count = 0
     for batch in batches:
-        batch = {k: batch[k] for k in ("clean", "noise", "sigma", "visible", "labels")}
         for i in range(len(batch["clean"])):
-            one = {k: None if t is None else t[i : i + 1] for k, t in batch.items()}
+            one = {k: None if batch[k] is None else batch[k][i : i + 1]
+                   for k in ("clean", "noise", "sigma", "visible", "labels")}
             with autocast:
                 loss = objective(denoiser, config, **one).sum()
             gradients = torch.autograd.grad(loss, list(denoiser.parameters()))

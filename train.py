@@ -107,8 +107,7 @@ class Config:
     ckpt: str | None = setting(None, "the checkpoint of --eval_only")
     # optimization
     batch_size: int | None = setting(None, "images a step, over all processes", low=1)
-    micro_batch: int | None = setting(None, "images a process takes at once; default: its "
-                                    "share, on a CPU as many as keep its caches warm")
+    micro_batch: int | None = setting(None, "images at once; default: all, a cacheful on a CPU")
     steps: int | None = setting(None, "optimizer steps of the whole run", low=0)
     optimizer: str = setting("adamw", "optimizer", choices=("adamw", "radam"))
     lr: float | None = setting(None, "learning rate", low=0)
@@ -463,15 +462,15 @@ def report(cfg, device, autocast, limit=512):
         if config.num_classes and meta["class_names"] != checkpoint.get("class_names"):
             sys.exit(f"{name} has not the {config.num_classes} classes of the model, but "
                      f"{len(meta['class_names'] or [])} others: name sets with its classes")
-        g, bits, losses = torch.Generator().manual_seed(sample.seed_of(cfg.seed, 7)), [], []
+        g, found = torch.Generator().manual_seed(sample.seed_of(cfg.seed, 7)), []
         for start in range(0, min(limit, len(images)), 32):
             at = slice(start, min(start + 32, limit))
             values = patchify(torch.from_numpy(np.array(images[at])), config.patch_size).to(device)
             known = torch.from_numpy(labels[at]).to(device) if config.num_classes else None
             with autocast:
-                b, e = bound(partial(denoiser, labels=known), values, g, config.sigma_data)
-            bits, losses = bits + [b.cpu()], losses + [e.cpu()]
-        bits, losses = torch.cat(bits).double(), torch.cat(losses).double().mean(dim=0).tolist()
+                found.append(bound(partial(denoiser, labels=known), values, g, config.sigma_data))
+        bits, losses = (torch.cat(parts).cpu().double() for parts in zip(*found))
+        losses = losses.mean(dim=0).tolist()
         error = bits.std().item() / math.sqrt(len(bits)) if len(bits) > 1 else None
         result[name] = dict(images=len(bits), loss_by_level=losses, ln_sigma=edges.tolist(),
                             bits_per_dim=bits.mean().item(), standard_error=error)

@@ -191,6 +191,21 @@ def test_penalties_hold_the_weights_and_resume_exactly(tasks, how):
         assert all(torch.equal(held["fisher"][n], third["fisher"][n]) for n in start)
 
 
+def test_what_begins_afresh_is_not_pulled_after_a_resume_either(tmp_path):
+    for classes in (2, 3):
+        make_dataset(tmp_path / f"of{classes}", classes=classes)
+    base = ["--batch_size=12", "--class_cond"]
+    train.main([f"--data={tmp_path}/of2", f"--out_dir={tmp_path}/first", "--steps=2", *base, *TINY])
+    tuned = [f"--data={tmp_path}/of3", f"--init_from={tmp_path}/first/ft.pt", "--l2_prev=10", "--steps=4", *base,
+             *TINY[4:]]
+    train.main(tuned + [f"--out_dir={tmp_path}/whole"])
+    train.main(tuned + [f"--out_dir={tmp_path}/parts", "--keep_every=2"])
+    (tmp_path / "parts/ft-0000002.pt").replace(tmp_path / "parts/ft.pt")
+    train.main([f"--out_dir={tmp_path}/parts", "--resume"])
+    whole, parts = (load_checkpoint(str(tmp_path / name / "ft.pt")) for name in ("whole", "parts"))
+    assert same(whole, parts) and "net.labels.weight" not in whole["anchor"]
+
+
 def test_importance_adds_up_over_three_tasks_whatever_lies_between(tasks):
     first = tune(tasks, "t1", "--ewc=1", "--fisher_batches=1")  # knows set0, learns set1
     base = [f"--data={tasks}/set0", "--batch_size=12", "--steps=3", *TINY[4:]]
