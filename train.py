@@ -246,18 +246,17 @@ def check(cfg):
         sys.exit("--loss=consistency, --l2_prev and --ewc go on from a trained model: give its "
                  "--init_from=out/ft.pt")
     if cfg.loss == "consistency" and not (cfg.cm_q > 1 and last_gap(cfg) >= 2**-20):
-        sys.exit(f"--cm_q is {cfg.cm_q}, expected more than 1, and over all stages no more than "
-                 "2^20 (float32 tells no closer noise levels apart): give a longer "
-                 "--cm_stage_length")
+        sys.exit(f"--cm_q is {cfg.cm_q}, expected above 1, and no more than 2^20 over all stages "
+                 "(what float32 tells apart): give a longer --cm_stage_length")
     if cfg.distill_from and cfg.loss == "consistency":
         sys.exit("--distill_from is for --loss=diffusion: a consistency model has its own teacher")
     pairs = (cfg.replay, cfg.replay_coef), (cfg.distill_from, cfg.distill_coef)
     ways = sum(1 for source, coef in pairs if source and coef > 0)
     old = ways * round(cfg.replay_frac * cfg.batch_size)
     if ways and not (0 < old < cfg.batch_size or cfg.replay_frac == 1 and old == cfg.batch_size):
-        sys.exit(f"--replay_frac is {cfg.replay_frac}, which makes {old} of the {cfg.batch_size} "
-                 "images of a batch old: expected at least one image, and fewer than all (only 1, "
-                 "with one kind of old ones, may leave no new images)")
+        sys.exit(f"--replay_frac is {cfg.replay_frac}, so {old} of {cfg.batch_size} images of a "
+                 "batch are old: expected at least one image, and new ones (only 1 may leave no "
+                 "new images, and not with both --replay and --distill_from)")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -330,29 +329,28 @@ class Stream:
         decoder), noise like it, sigma (b,), visible (b, K) or None for the whole image, labels (b,)
         or None.
         """
-        cfg, config = self.cfg, self.config
+        cfg, config, n = self.cfg, self.config, self.cfg.batch_size
         g = torch.Generator().manual_seed(sample.seed_of(cfg.seed, 1, step))
-        ln_sigma = cfg.p_mean + cfg.p_std * torch.randn(cfg.batch_size, generator=g)
+        ln_sigma = cfg.p_mean + cfg.p_std * torch.randn(n, generator=g)
         sigma = ln_sigma[self.share].exp()
-        flip = torch.rand(cfg.batch_size, generator=g)[self.share].numpy() < 0.5 * cfg.hflip
-        dropped = torch.rand(cfg.batch_size, generator=g)[self.share] < cfg.label_dropout
+        flip = torch.rand(n, generator=g)[self.share].numpy() < 0.5 * cfg.hflip
+        dropped = torch.rand(n, generator=g)[self.share] < cfg.label_dropout
         ratio = self.ratios[min(len(self.ratios) * step // max(1, cfg.steps), len(self.ratios) - 1)]
-        visible = sample_visible(cfg.batch_size, config.grid, ratio, cfg.mask_type, cfg.block_size,
-                                 generator=g)
+        visible = sample_visible(n, config.grid, ratio, cfg.mask_type, cfg.block_size, g)
         index = self.index(step)[self.share]
         visible = None if visible is None else visible[self.share]
         # A decoder is asked about the hidden patches, too.
         clean, labels = self.read(index, flip, None if config.decoder_depth else visible)
         if labels is not None:
             if len(self.taught):
-                drawn = torch.randint(len(self.taught), (cfg.batch_size,), generator=g)
+                drawn = torch.randint(len(self.taught), (n,), generator=g)
                 drawn = self.taught[drawn][self.share]
                 labels = torch.where(self.distilled[self.share], drawn, labels)
             labels = torch.where(dropped, config.num_classes, labels)
 
         sigma, visible, labels = (self.move(t) for t in (sigma, visible, labels))
         g = torch.Generator(self.device).manual_seed(sample.seed_of(cfg.seed, 2, step))
-        noise = torch.randn(cfg.batch_size, *clean.shape[1:], generator=g, device=self.device)
+        noise = torch.randn(n, *clean.shape[1:], generator=g, device=self.device)
         batch = dict(index=index, clean=clean, noise=noise[self.share], sigma=sigma,
                      visible=visible, labels=labels, **self.references(step))
         if self.distilled.any():
@@ -789,11 +787,9 @@ def main(argv=None):
 
     say("\n".join(f"{key:>14} = {v}" for key, v in asdict(cfg).items() if v is not None))
     size = sum(p.numel() for p in denoiser.parameters()) / 1e6
-    say(f"{size:.2f} M parameters on {world} x {device} in {str(dtype)[6:]}; {len(stream.new)} "
-        f"images; {', '.join(map(str, counts))} of {config.grid**2} patches visible; "
-        f"writing {path}")
-    if cfg.loss == "consistency":
-        say(f"the pairs close to a gap 1 - r/t of {gap:.3g} at high noise levels")
+    say(f"{size:.2f} M parameters on {world} x {device} in {str(dtype)[6:]}; {len(new)} images; "
+        f"{', '.join(map(str, counts))} of {config.grid**2} patches visible; writing {path}"
+        + (f"; pairs close to 1 - r/t = {gap:.3g}" if cfg.loss == "consistency" else ""))
 
     # -- saving, logging, stopping ----------------------------------------------------------------
     continual = {k: v for k, v in (("anchor", anchor), ("importance", importance)) if v}
@@ -914,8 +910,7 @@ def main(argv=None):
             low, high = batch["sigma"].min().item(), batch["sigma"].max().item()
             log(event="skipped", loss=str(loss), grad_norm=str(norm), sigma=[low, high],
                 index=index.tolist())
-            say(f"step {step} skipped: loss {loss}, gradient norm {norm}, sigma {low:.3g} to "
-                f"{high:.3g}")
+            say(f"step {step} skipped: loss {loss}, norm {norm}, sigma {low:.3g} to {high:.3g}")
         optimizer.zero_grad(set_to_none=True)
         step += 1
         bar.update()
