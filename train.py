@@ -554,6 +554,8 @@ def taken_up(given):
         return path, load_checkpoint(path), path
     except SystemExit as e:
         before = previous_name(path)
+        if not os.path.exists(before):
+            raise
         print(f"{e.code}; falling back to {before}", file=sys.stderr)
         return path, load_checkpoint(before), before
 
