@@ -37,18 +37,15 @@ class ModelConfig:
     num_classes: int = 0  # 0: unconditional; otherwise index num_classes is the null class
     sigma_data: float = 0.5  # standard deviation of the data (EDM table 1)
     decoder_depth: int = 0  # blocks after the masked ones, on all tokens (MaskDiT)
-    decoder_dim: int = 0  # their width; 0: dim
-    decoder_heads: int = 0  # 0: heads
+    decoder_dim: int = 0  # their width; 0 becomes dim if there is a decoder
+    decoder_heads: int = 0  # 0 becomes heads
     dense_depth: int = 0  # how many of `depth` blocks come before the masking (SPRINT)
     cm_segments: int = 0  # 0: a diffusion model; m > 0: a consistency model of m segments
     known_classes: tuple = ()  # the classes that it was trained on; () becomes all
 
     def __post_init__(self):
-        if self.decoder_depth:
-            self.decoder_dim = self.decoder_dim or self.dim
-            self.decoder_heads = self.decoder_heads or self.heads
-        else:
-            self.decoder_dim = self.decoder_heads = 0
+        self.decoder_dim = self.decoder_depth and (self.decoder_dim or self.dim)
+        self.decoder_heads = self.decoder_depth and (self.decoder_heads or self.heads)
         for f in fields(self)[:-1]:  # the numbers
             v, low = getattr(self, f.name), -1 if f.default == 0 else 0
             if type(v) is not f.type or not low < v < 2**20:

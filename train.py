@@ -250,8 +250,7 @@ def check(cfg):
                  "(what float32 tells apart): give a longer --cm_stage_length")
     if cfg.distill_from and cfg.loss == "consistency":
         sys.exit("--distill_from is for --loss=diffusion: a consistency model has its own teacher")
-    pairs = (cfg.replay, cfg.replay_coef), (cfg.distill_from, cfg.distill_coef)
-    ways = sum(1 for source, coef in pairs if source and coef > 0)
+    ways = bool(cfg.replay and cfg.replay_coef) + bool(cfg.distill_from and cfg.distill_coef)
     old = ways * round(cfg.replay_frac * cfg.batch_size)
     if ways and not (0 < old < cfg.batch_size or cfg.replay_frac == 1 and old == cfg.batch_size):
         sys.exit(f"--replay_frac is {cfg.replay_frac}, so {old} of {cfg.batch_size} images of a "
