@@ -203,7 +203,7 @@ def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0
 def labels_to_draw(config, labels=None):
     """`labels`, or else those that the model knows; exits if it has no such class."""
     classes = range(config.num_classes)
-    labels = list(labels or config.known_classes or classes)
+    labels = list(labels or config.known_classes)
     known = f"has classes 0 to {len(classes) - 1}" if classes else "is one without classes"
     need(set(labels) <= set(classes), f"--labels does not fit the model, which {known}")
     return labels

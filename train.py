@@ -145,8 +145,8 @@ CONSISTENCY = {
                        optimizer="adamw", beta1=0.9, beta2=0.99, weight_decay=0.0, warmup=0,
                        lr=1e-3, lr_schedule="rsqrt"),  # the lr is for EDM2's normalised weights
 }
-# On a CPU for stage 1 (pt), stage 2 (ft) and consistency tuning (cm); the same on a GPU. On two
-# cores both stages on the built-in faces take about ten minutes; on a GPU these are MaskDM's
+# Columns: stage 1 (pt), stage 2 (ft) and consistency tuning (cm) on a CPU, then the three on a GPU.
+# On two cores both stages on the built-in faces take about ten minutes; on a GPU these are MaskDM's
 # network, batch and optimizer at 64 px.
 DEFAULTS = {
     "preset": ("demo", "demo", "demo", "maskdm-64", "maskdm-64", "maskdm-64"),
