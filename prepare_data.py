@@ -60,6 +60,8 @@ class Parser(argparse.ArgumentParser):
         flags, unknown = self._option_string_actions, re.match(r"unrecog.*: ([^\s=]+)", message)
         near = difflib.get_close_matches(unknown[1], flags, 1, 0.5) if unknown else []
         hint = f", did you mean {near[0]}?" if near else ""
+        plain = r"\1 is \3, expected \2"
+        message = re.sub("argument (.*): invalid (.*) value: (.*)", plain, message, flags=re.DOTALL)
         sys.exit(f"{self.prog}: {message}{hint} (--help lists the settings)")
 
 

@@ -18,7 +18,6 @@ import shutil
 import sys
 import time
 import zipfile
-from argparse import ArgumentTypeError
 
 import numpy as np
 import torch
@@ -301,12 +300,18 @@ def whole_numbers(text):
     return [int(part) for part in text.split(",")]
 
 
+whole_numbers.__name__ = "whole numbers, such as 0,1,2"  # what argparse calls it
+
+
 def interval(text):
     """An argparse type: "0.2,5" -> [0.2, 5.0]."""
     low, high = (float(part) for part in text.split(","))
     if not 0 <= low < high:
-        raise ArgumentTypeError(f"{text}, expected two noise levels, low then high: 0.2,5")
+        raise ValueError
     return [low, high]
+
+
+interval.__name__ = "two noise levels, low then high, such as 0.2,5"
 
 
 def pick_device(name, local_rank=0):

@@ -267,7 +267,7 @@ def test_bad_requests_get_a_sentence(tmp_path):
     assert "no checkpoint at" in mistake(sample.main, "--ckpt", tmp_path / "none.pt", *out)
     assert "0 to 2" in mistake(sample.main, "--ckpt", cond, "--labels", "0,3", *out)
     assert "without classes" in mistake(sample.main, "--ckpt", ckpt, "--labels", "0", *out)
-    assert "whole_numbers" in mistake(sample.main, "--ckpt", cond, "--labels", "cat", *out)
+    assert "expected whole numbers, such as" in mistake(sample.main, "--ckpt", cond, "--labels", "cat", *out)
     assert "needs a model with classes" in mistake(sample.main, "--ckpt", ckpt, "--cfg_scale", "2", *out)
     assert "at least 1" in mistake(sample.main, "--ckpt", ckpt, "--num", "0", *out)
     assert "low then high" in mistake(sample.main, "--ckpt", cond, "--cfg_interval", "5,1", *out)
