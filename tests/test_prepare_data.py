@@ -179,6 +179,14 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
+def test_an_array_pickled_by_python_2_is_read():
+    """As in the CIFAR-10 archive: numpy's module under its old name, byte strings as text."""
+    pickled = (b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+               b"(K\x01K\x02\x85cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xff"
+               b"J\xff\xff\xff\xffK\x00tb\x89U\x02\x80\xfftb.")
+    assert prepare_data.SafeUnpickler(io.BytesIO(pickled), encoding="latin1").load().tolist() == [128, 255]
+
+
 def test_a_pickle_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     src, _ = cifar("cifar-10-python.tar.gz", Bomb())
