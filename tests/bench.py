@@ -14,7 +14,6 @@ import json
 import math
 import mmap
 import os
-import re
 import resource
 import statistics
 import subprocess
@@ -296,8 +295,10 @@ def data(case):
     return dict(images_per_s=case["batch"] / seconds, batch_ms=seconds * 1e3, grown_mb=(peak_memory() - base) / 1e6)
 
 
-def demo(commands):
+def demo(case):
     """README's first command without the set-up, in an empty folder: seconds of all, validation loss of each run."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    commands = next(line for line in lines if line.startswith("python3 -m venv")).split(" && ")[3:]
     with tempfile.TemporaryDirectory() as folder:
         start = time.time()
         for command in commands:
@@ -360,8 +361,7 @@ CASES = {
         "512x13 64px ratio 0": dict(images=200_000, size=64, steps=8, flags=["--preset=maskdm-64", "--batch_size=8"]),
         "768x12 256px ratio 0.9": dict(images=12_000, size=256, steps=20, flags=[
             "--mask_ratio=0.9", "--preset=maskdm-256", "--batch_size=2", "--block_size=4"])},
-    "demo": {"README's first command": re.search("^python3 -m venv.*train.py.*$", (ROOT / "README.md").read_text(),
-                                                 re.MULTILINE)[0].split(" && ")[3:]},
+    "demo": {"README's first command": {}},
 }
 
 

@@ -185,6 +185,9 @@ def test_an_array_pickled_by_python_2_is_read():
                b"(K\x01K\x02\x85cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xff"
                b"J\xff\xff\xff\xffK\x00tb\x89U\x02\x80\xfftb.")
     assert prepare_data.SafeUnpickler(io.BytesIO(pickled), encoding="latin1").load().tolist() == [128, 255]
+    elsewhere = pickled.replace(b"numpy\ndtype", b"numpy.f2py.__main__\ndtype")  # importing it would run a program
+    with pytest.raises(pickle.UnpicklingError, match="refused"):
+        prepare_data.SafeUnpickler(io.BytesIO(elsewhere), encoding="latin1").load()
 
 
 def test_a_pickle_bomb_is_refused(tmp_path, monkeypatch):
