@@ -1,10 +1,10 @@
 """How far apart are two sets of images?  Frechet distance (FID), KID, precision and recall.
 
-python fid.py data/faces out/samples.npz                        # the reference, then what to judge
+python fid.py data/faces out/samples.npz --metrics fid,kid,pr   # the reference, then what to judge
 python fid.py data/faces out/ft.pt --num 5000                   # draws 5,000 samples by itself
-python fid.py data/faces out/samples --metrics fid,kid,pr --json
 python fid.py data/faces --stats faces.npz                      # mu and sigma, another time's A
 python fid.py data/faces out/samples.npz --features random      # offline; not to be called FID
+python fid.py data/old,data/new out/ft.pt --metrics bpd         # losses by noise level, bits/dim
 torchrun --nproc_per_node=8 fid.py data/faces out/samples.npz   # the same figures, sooner
 
 A source is a prepared folder, a folder or .zip/.tar of images, an .npz of images (arr_0) or of
@@ -13,15 +13,15 @@ statistics (mu, sigma), or a checkpoint (.pt). Features and resize are those of 
 
 import hashlib
 import json
+import math
 import os
 import re
 import sys
-from argparse import BooleanOptionalAction
 from collections import OrderedDict
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack
 from functools import partial, reduce
 from itertools import groupby, islice
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 import prepare_data
 import sample
-from prepare_data import need, number
+from model import denoising_loss, need_noise, noised
+from prepare_data import need
 
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
@@ -40,8 +41,7 @@ WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129
 RESIZE = "299x299 bilinear, antialias=False, align_corners=False"
 LABELS = {"fid": "FID", "random_fd": "random-feature FD", "fd": "FD in TorchScript features"}
 
-# ---------------------------------------------------------------------------------------------
-# Inception v3, the 2015-12-05 graph of the FID paper. Keys are those of the public weight file
+# ---- Inception v3, the 2015-12-05 graph of the FID paper. Keys are those of the public weight file
 # (torchvision's names); the pooling is not torchvision's.
 
 avg_pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
@@ -65,7 +65,6 @@ BLOCKS = {  # key: (channels in, pool, branches)
     "Mixed_7c": (2048, max_pool, BLOCK_8),
 }
 
-
 def conv(c_in, spec, pad=True):
     c_out, h, w, half = re.fullmatch(r"(\d+)@(\d)x?(\d?)(/2)?", spec).groups()
     kernel = (int(h), int(w or h))
@@ -73,7 +72,6 @@ def conv(c_in, spec, pad=True):
     layer = nn.Conv2d(c_in, int(c_out), kernel, 2 if half else 1, padding, bias=False)
     bn = nn.BatchNorm2d(int(c_out), eps=0.001)
     return nn.Sequential(OrderedDict(conv=layer, bn=bn, relu=nn.ReLU(inplace=True)))
-
 
 class Mixed(nn.Module):
     def __init__(self, c_in, pool, spec):
@@ -95,7 +93,6 @@ class Mixed(nn.Module):
         ends = [key for key in (*self.inputs, "pool") if key not in self.inputs.values()]
         return torch.cat([out[key] for key in ends], dim=1)
 
-
 class Inception(nn.Module):
     def __init__(self):
         super().__init__()
@@ -115,7 +112,6 @@ class Inception(nn.Module):
             x = layer(halve(x) if key in ("Conv2d_3b_1x1", "Mixed_5b") else x)
         return x.mean((2, 3))
 
-
 def random_weights(net, seed=0):
     """He-normal convolutions, batch norm at identity; by numpy, as torch's streams may change."""
     rng, digest = np.random.Generator(np.random.PCG64(seed)), hashlib.sha256()
@@ -127,141 +123,70 @@ def random_weights(net, seed=0):
             digest.update(draw)
     return digest.hexdigest()
 
-
 def sha256(path):
-    """Hash of a file, or of the relative names and the contents of all files in a folder."""
-    digest = hashlib.sha256()
-    if os.path.isdir(path):
-        for f in sorted(os.path.join(d, f) for d, _, names in os.walk(path) for f in names):
-            digest.update(os.fsencode(f"{os.path.relpath(f, path)}\0{sha256(f)}\0"))
-        return digest.hexdigest()
+    """Hash of a file."""
     with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 def load_features(args):
     """The network uint8 (B, 3, H, W) -> (B, D); its `identity` is "KEY HASH", KEY one of LABELS."""
     path = args.weights or f"{torch.hub.get_dir()}/checkpoints/{os.path.basename(WEIGHTS_URL)}"
-    try:
-        if args.features not in ("inception", "random"):
-            path = args.features
-            net = torch.jit.load(path, map_location=args.device).eval()
-            net.identity = f"fd {sha256(path)}"
-            return net
-        net = Inception().eval().requires_grad_(False)
-        if args.features == "random":
-            net.identity = f"random_fd {random_weights(net)}"
-        else:
+    if args.features not in ("inception", "random"):
+        net = torch.jit.load(args.features, map_location=args.device).eval()
+        net.identity = f"fd {sha256(args.features)}"
+        return net
+    net = Inception().eval().requires_grad_(False)
+    if args.features == "random":
+        net.identity = f"random_fd {random_weights(net)}"
+    else:
+        try:
             if not args.weights and not os.path.exists(path):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 torch.hub.download_url_to_file(WEIGHTS_URL, path, WEIGHTS_SHA256)  # all or nothing
             net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-            net.identity = f"fid {sha256(path)}"
-    except Exception as e:  # noqa: BLE001 (the network, the disk, the file's bytes: all can fail)
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        sys.exit(f"no feature weights from {path} ({reason}): get {WEIGHTS_URL}, put it there or "
-                 "name it with --weights; --features random, or a TorchScript file, works offline")
+        except Exception as e:  # noqa: BLE001 (the network, the disk, the file's bytes can fail)
+            sys.exit(f"no weights from {path} ({type(e).__name__}: {e}): get {WEIGHTS_URL}, put it "
+                     "there or name it with --weights; --features random works offline")
+        net.identity = f"fid {sha256(path)}"
     for m in net.modules():
         if hasattr(m, "bn"):  # as part of the convolution: the same function in half the time
             m.conv, m.bn = nn.utils.fuse_conv_bn_eval(m.conv, m.bn), nn.Identity()
     return net.to(args.device, getattr(torch, args.dtype), memory_format=torch.channels_last)
 
+# ---- Sources: a stream of uint8 images (H, W, C), or known by its statistics.
+def open_source(path, args, stack):
+    """A source: path, about (for the protocol), n, images(numbers) -> images; and, known when it is
+    measured, or from a file of statistics, mu, sigma, features, net and sizes."""
+    s = SimpleNamespace(path=path, n=0, mu=None, sigma=None, features=None, net="", sizes="")
+    need(os.path.exists(path), f"no source at {path}: give a folder, an archive, .npz or .pt file")
+    if path.endswith(".pt"):
+        denoiser, checkpoint = sample.load_denoiser(path, args.ckpt_weights, args.device)
+        how = sample.sampling_settings(args, denoiser, checkpoint)
+        s.about = dict(kind="checkpoint", step=checkpoint["step"], weights=args.ckpt_weights, **how)
+        s.n, how = args.num or 10_000, how | dict(batch_size=args.batch_size)
+        s.images = lambda numbers: (image for _, images in sample.generate(denoiser, numbers, **how)
+                                    for image in images)
+    elif path.endswith(".npz") and "mu" in (stored := np.load(path)):
+        s.mu, s.sigma = np.float64(stored["mu"]), np.float64(stored["sigma"])
+        need(s.sigma.shape == 2 * s.mu.shape, f"{path}: mu {s.mu.shape}, sigma {s.sigma.shape}")
+        s.about, s.n = dict(kind="statistics"), int(stored.get("n", 0))
+        s.net = str(stored.get("net", ""))
+    elif os.path.exists(os.path.join(path, "meta.json")):
+        data, _, meta = prepare_data.open_folder(path, args.split)
+        s.about = dict(kind="prepared", split=args.split, data_hash=meta["hash"])
+        s.n, s.images = min(len(data), args.num or len(data)), lambda n: map(data.__getitem__, n)
+    else:
+        found, rejects = prepare_data.open_source(path, stack), []
+        s.about, s.n = dict(kind="images"), min(len(found.names), args.num or len(found.names))
 
-# ---------------------------------------------------------------------------------------------
-# Sources. Each one is a stream of uint8 images (H, W, C), or known by its statistics.
+        def read(numbers):
+            yield from (image for _, image in prepare_data.iter_images(found, numbers, rejects))
+            need(not rejects, f"{path}: cannot read {rejects}: mend or remove it")
 
+        s.images = read
+    return s
 
-@dataclass
-class Source:
-    path: str
-    about: dict  # what belongs to the protocol
-    images: object = None  # (rank, world) -> images rank, rank + world, ...
-    mu: np.ndarray = None  # float64 (D,); from here on known when it is measured
-    sigma: np.ndarray = None  # float64 (D, D), unbiased
-    n: int = 0  # number of images; 0 where another tool's file doesn't say
-    net: str = ""  # identity of the feature network, "" where unknown
-    image_size: str = ""
-    features: torch.Tensor = None  # (n, D), only where a metric needs them
-
-
-def load_stats(path):
-    """The statistics in an .npz, None if it holds images; any exception if it is damaged."""
-    with np.load(path, allow_pickle=False) as f:
-        if "arr_0" in f:
-            return None
-        mu, sigma = np.float64(f["mu"]), np.float64(f["sigma"])
-        kinds = {"n": int, "net": str, "image_size": str}  # not in other tools' files
-        more = {k: kind(f[k].item()) for k, kind in kinds.items() if k in f}
-        features = torch.from_numpy(np.float32(f["features"])) if "features" in f else None
-    n, net, given = more.get("n", 0), more.get("net", ""), features is not None
-    total = mu.sum() + sigma.sum() + (features.sum().item() if given else 0)
-    if (mu.ndim != 1 or sigma.shape != 2 * mu.shape or given and features.shape != (n, len(mu))
-            or not np.isfinite(total) or n < 0
-            or not re.fullmatch(f"(({'|'.join(LABELS)}) [0-9a-f]+)?", net)):
-        shape = tuple(features.shape) if given else None
-        raise ValueError(f"mu {mu.shape}, sigma {sigma.shape}, features {shape} of {n} images by "
-                         f"{net!r}, expected finite (D,), (D, D) and none or (n, D)")
-    return {"mu": mu, "sigma": sigma, "features": features, **more}
-
-
-def save_stats(path, source):
-    """An .npz that pytorch-fid and EDM read too (mu, sigma), written whole or not at all."""
-    keys = ("mu", "sigma", "n", "net", "image_size", "features")
-    saved = {k: getattr(source, k) for k in keys if getattr(source, k) is not None}
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    sample.replace_file(path, lambda f: np.savez(f, **saved), os.getpid())
-
-
-def open_source(path, args):
-    """Find out what `path` is. Nothing is measured yet."""
-    need(os.path.exists(path),
-         f"no source at {path}: give a folder, .zip, .tar or .npz, or a checkpoint")
-    if path.endswith((".pt", ".pth")):
-        return checkpoint_source(path, args)
-    if path.endswith(".npz"):
-        try:
-            stats = load_stats(path)
-        except Exception as e:  # noqa: BLE001 (the file's bytes decide which error)
-            sys.exit(f"{path} can't be read ({e}): expected arr_0 (images), or mu and sigma")
-        if stats:
-            return Source(path, {"kind": "statistics", "hash": sha256(path)}, **stats)
-    if not os.path.exists(os.path.join(path, "meta.json")):
-        about = {"kind": "images", "hash": sha256(path)}
-        return Source(path, about, partial(read_images, path, args.num))
-    data, _, meta = prepare_data.open_dataset(path, args.split)
-    about = {"kind": "prepared", "split": args.split, "data_hash": meta["hash"],
-             "hash": sha256(os.path.join(path, f"{args.split}.npy"))}
-    return Source(path, about, lambda rank, world: data[rank : args.num : world])
-
-
-def read_images(path, num, rank, world):
-    rejects = []
-    reader = prepare_data.iter_images(path, rejects=rejects)
-    for _, image, _ in islice(reader, rank, num, world):
-        yield image
-    for name, reason in rejects:  # a figure without it would be of another set
-        need(reason == prepare_data.CLUTTER,
-             f"{path}: {str(name)!r} is no readable image ({reason}): mend or remove it")
-
-
-def checkpoint_source(path, args):
-    """Samples of a checkpoint, drawn when they are needed; image i depends on (seed, i) alone."""
-    denoiser, checkpoint = sample.load_denoiser(path, args.ckpt_weights, args.device)
-    settings = sample.sampling_settings(args, denoiser, checkpoint)
-    about = {"kind": "checkpoint", "hash": sha256(path), "step": checkpoint["step"],
-             "weights": args.ckpt_weights, **settings}
-    return Source(path, about, lambda rank, world: (
-        image for _, images in sample.generate(denoiser, range(rank, args.num or 10_000, world),
-                                               batch_size=args.batch_size, **settings)
-        for image in images))
-
-
-# ---------------------------------------------------------------------------------------------
-# One pass over the images. For the Frechet distance alone, memory doesn't grow with their number.
-
-
+# ---- One pass over the images. For the Frechet distance alone, memory doesn't grow with them.
 def merge(a, b):
     """(n, mean, squares about the mean) of a union, with no cancellation (Chan et al. 1979)."""
     if not a or not b:
@@ -270,22 +195,19 @@ def merge(a, b):
     squares = a[2].add_(b[2]).addr_(delta, delta, alpha=a[0] * b[0] / n)  # in place: 32 MB each
     return n, a[1] + delta * (b[0] / n), squares
 
-
-def measure(source, net, args):
+def measure(s, net, args):
     """Fill in a source's statistics. Rank r measures images r, r + world, ...; all know the sum."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    images = tqdm(source.images(rank, world), source.path, unit="image", disable=rank > 0)
-    total, kept, sizes = None, [], set()
+    numbers, total, kept, sizes = range(rank, s.n, world), None, [], set()
+    images = tqdm(s.images(numbers), s.path, len(numbers), unit="image", disable=rank > 0)
     for shape, alike in groupby(images, key=np.shape):
         while batch := list(islice(alike, args.batch_size)):  # the last one may be smaller
-            need(batch[0].dtype == np.uint8,
-                 f"{source.path} holds latents, but FID needs images: decode them first")
+            need(batch[0].dtype == np.uint8, f"{s.path} holds latents: decode them first")
             x = torch.from_numpy(np.stack(batch)).to(args.device).expand(-1, -1, -1, 3)
             with torch.inference_mode():
                 y = net(x.permute(0, 3, 1, 2)).float().cpu()
-            need(y.dim() == 2 and len(y) == len(x) and y.isfinite().all(),
-                 f"{source.path}: features {tuple(y.shape)} of {len(x)} images, expected (B, D) "
-                 "without NaN: look at the images and the weights")
+            need(y.dim() == 2 and y.isfinite().all(), f"{s.path}: the features of {len(x)} images "
+                 f"are {tuple(y.shape)} or not finite: look at the images and the weights")
             mean = y.double().mean(0)
             centred = y.double() - mean
             total = merge(total, (len(y), mean, centred.T @ centred))
@@ -294,41 +216,15 @@ def measure(source, net, args):
     parts = [(total, kept, sizes)] * world
     if world > 1:
         dist.all_gather_object(parts, parts[rank])
-    totals, kept, sizes = zip(*parts)
-    n, mu, squares = reduce(merge, totals) or (0, None, None)
-    need(n >= 2 + 2 * args.keep,
-         f"{source.path} holds {n} image{'s' * (n != 1)}: FID needs 2 or more, pr 4")
-    source.n, source.mu, source.sigma = n, mu.numpy(), (squares / (n - 1)).numpy()
-    source.net, source.image_size = net.identity, ", ".join(sorted(set().union(*sizes)))
-    source.features = torch.empty(n, len(mu)) if args.keep else None
+    total = reduce(merge, (part[0] for part in parts))
+    need(total and total[0] >= 2 + 2 * args.keep, f"{s.path}: FID needs 2 images or more, pr 4")
+    s.n, s.mu, s.sigma = total[0], total[1].numpy(), (total[2] / (total[0] - 1)).numpy()
+    s.net, s.sizes = net.identity, ", ".join(sorted(set().union(*(part[2] for part in parts))))
+    s.features = torch.empty(s.n, len(s.mu)) if args.keep else None
     for r in range(world if args.keep else 0):
-        source.features[r::world] = torch.cat(kept[r])
+        s.features[r::world] = torch.cat(parts[r][1])
 
-
-def measure_once(source, net, args):
-    """measure(), or what an earlier run has cached under a hash of all that decides the result,
-    code included, so it can't be out of date. Samples and single features aren't cached."""
-    if args.keep or source.about["kind"] == "checkpoint" or not args.cache:
-        return measure(source, net, args)
-    code = sha256(__file__) + sha256(prepare_data.__file__)
-    recipe = json.dumps([source.about, args.num, net.identity, args.dtype, code]).encode()
-    path = f"{torch.hub.get_dir()}/fid_statistics/{hashlib.sha256(recipe).hexdigest()}.npz"
-    found = [None]
-    with suppress(Exception):  # not there, or damaged
-        found = [load_stats(path)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)  # rank 0 decides for all: measuring takes all of them
-    if found[0]:
-        return vars(source).update(found[0])
-    measure(source, net, args)
-    with suppress(OSError):  # a read-only place has no cache
-        save_stats(path, source)
-
-
-# ---------------------------------------------------------------------------------------------
-# Distances.
-
-
+# ---- Distances.
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^1/2 (Dowson & Landau 1982). With S = A A^T the
     last trace is the sum of the singular values of A1^T A2: never imaginary, right for singular S,
@@ -341,13 +237,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     cross = torch.linalg.svdvals(factor(sigma1).T @ factor(sigma2)).sum().item()
     return float(np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
 
-
 def mmd(x, y):
     """Unbiased squared maximum mean discrepancy with kernel (x.y / D + 1)^3."""
     xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     off_diagonal = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (xx, yy)]
     return (sum(off_diagonal) - 2 * xy.mean()).item()
-
 
 def kid(x, y, subsets=100, size=1000, seed=0):
     """Kernel distance (Binkowski et al. 2018): mean over random subsets, and its standard error."""
@@ -355,7 +249,6 @@ def kid(x, y, subsets=100, size=1000, seed=0):
     values = [mmd(*(f[rng.choice(len(f), size, replace=False)].double() for f in (x, y)))
               for _ in range(subsets)]
     return {"kid": np.mean(values), "kid_se": np.std(values, ddof=1) / subsets**0.5}
-
 
 def precision_recall(real, fake, k=3):
     """The share of each set that lies in the other's k-NN balls (Kynkaanniemi et al. 2019)."""
@@ -368,69 +261,125 @@ def precision_recall(real, fake, k=3):
 
     return {"precision": covered(fake, real), "recall": covered(real, fake)}
 
+def decoder_nats(z, values, sigma=0.002):
+    """-ln p(v | z) of 8-bit values: p = softmax over the levels v_k of -(z - v_k)^2 / (2 sigma^2).
+    z any shape, in [-1, 1] and noisy; values uint8 of that shape."""
+    levels = torch.arange(256, device=z.device, dtype=z.dtype) / 127.5 - 1
+    logits = -((z.reshape(-1, 1) - levels) ** 2) / (2 * sigma**2)
+    return -logits.log_softmax(dim=1).gather(1, values.reshape(-1, 1).long()).view(z.shape)
 
-def parse(argv):
-    parser = prepare_data.Parser(description=__doc__)
-    add = parser.add_argument
-    add("a", metavar="A", help="the reference")
-    add("b", metavar="B", nargs="?", help="what is judged; not needed with --stats")
-    add("--features", default="inception", help="inception, random, or a TorchScript file")
-    add("--weights", help="Inception weights (default: torch hub cache, else a download)")
-    add("--metrics", default="fid", help="of fid,kid,pr (default: fid)")
-    add("--num", type=number(int, 2), help="first so many images of each source (a checkpoint "
-        "draws 10,000)")
-    add("--split", choices=("train", "val"), default="train", help="of a prepared folder")
-    add("--json", action="store_true", help="one JSON object as the last line of stdout")
-    add("--stats", help="save mu and sigma of A in this .npz, for kid and pr also its features")
-    add("--cache", action=BooleanOptionalAction, default=True, help="of statistics, by content")
-    add("--ckpt_weights", choices=("ema", "raw"), default="ema", help="of a checkpoint")
+def bound(denoise, values, generator, bins=10):
+    """Variational bound on -log2 p in bits per dimension (b,), and losses by level (b, bins).
+    values uint8 (b, K, d); denoise(x, sigma (b,)) -> D. With lambda = -2 ln sigma: 1/2 of the
+    integral of E|x - D|^2 e^lambda, by one noise level of each image in each bin of ln sigma, + the
+    prior |x|^2 / (2 sigma_max^2) + the decoder at sigma_min. The losses: `denoising_loss`."""
+    low, high = math.log(0.002), math.log(80.0)  # the noise levels of the sampler
+    x = values.float() / 127.5 - 1
+    b, size = len(x), x[0].numel()
+
+    def randn():
+        return torch.randn(x.shape, generator=generator).to(x.device)
+
+    losses, nats = [], 0.0
+    for i in range(bins):
+        # One random place in the bin, and the images evenly over it: less chance, no bias.
+        u = (torch.randperm(b, generator=generator) + torch.rand(1, generator=generator)) / b
+        sigma = torch.exp(low + (high - low) * (i + u) / bins).to(x.device)
+        denoised = denoise(noised(x, randn(), sigma), sigma)
+        losses.append(denoising_loss(denoised, x, sigma))
+        error = (denoised - x).square().sum(dim=(1, 2))
+        nats = nats + (high - low) / bins * error / sigma**2  # d lambda = 2 d ln sigma
+    nats = nats + x.square().sum(dim=(1, 2)) / (2 * math.exp(2 * high))
+    z = x + math.exp(low) * randn()
+    decoded = torch.stack([decoder_nats(z[i], values[i]).sum() for i in range(b)])
+    return (nats + decoded) / (math.log(2) * size), torch.stack(losses, dim=1)
+
+def bits_per_dim(sets, path, args, limit=512):
+    """{set: losses by noise level, bits per dimension and their standard error} of a checkpoint, on
+    the first validation images of prepared sets; prints a table."""
+    need_noise("edm", "--metrics bpd")
+    denoiser, checkpoint = sample.load_denoiser(path, args.ckpt_weights, args.device)
+    c, result = denoiser.config, {}
+    names = checkpoint["class_names"] if c.num_classes else []
+    dtype = getattr(torch, args.dtype)
+    edges = np.linspace(math.log(0.002), math.log(80.0), 11)
+    print("| set | ln sigma", *(f"{v:.2f}" for v in (edges[:-1] + edges[1:]) / 2),
+          "bits per dimension |\n" + "|---" * 13 + "|", sep=" | ")
+    for name in sets.split(","):
+        images = prepare_data.Images(name, "val", c.patch_size, names)
+        theirs = [images.meta[k] for k in ("size", "channels", "dtype")]
+        need(theirs == [c.image_size, c.channels, "uint8"] and names in
+             ([], images.meta["class_names"]), f"{name} does not fit the model: expected 8-bit "
+             f"images of side {c.image_size} and no classes but {names}")
+        g, found = sample.seeded(args.seed, 7), []
+        for start in range(0, min(limit, len(images)), 32):
+            index = np.arange(start, min(start + 32, limit, len(images)))
+            values = torch.from_numpy(images.read(index, None, np.zeros(len(index), bool)))
+            labels = torch.from_numpy(images.labels[index]).to(args.device) if names else None
+            with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
+                found.append(bound(partial(denoiser, labels=labels), values.to(args.device), g))
+        bits, losses = (torch.cat(parts).cpu().double() for parts in zip(*found))
+        error = bits.std().item() / math.sqrt(len(bits))
+        result[name] = dict(images=len(bits), loss_by_level=losses.mean(dim=0).tolist(),
+                            ln_sigma=edges.tolist(), bits_per_dim=bits.mean().item(),
+                            standard_error=error)
+        print(f"| {name} | loss", *(f"{v:.4g}" for v in result[name]["loss_by_level"]),
+              f"{bits.mean():.4f} ± {error:.4f} |", sep=" | ", flush=True)
+    return result
+
+# ---- The command.
+def main(argv=None):
+    parser = prepare_data.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("a", metavar="A", help="the reference")
+    parser.add_argument("b", metavar="B", nargs="?", help="what is judged; not needed with --stats")
+    add = parser.add
+    add("features", "inception", "inception, random, or a TorchScript file")
+    add("weights", None, "of Inception; default: torch hub's cache, else a download")
+    add("metrics", "fid", "of fid,kid,pr, or bpd")
+    add("num", None, "first so many images of each source; a checkpoint draws 10,000", type=int)
+    add("split", "train", "of a prepared folder", choices=("train", "val"))
+    add("json", False, "one JSON object as the last line of stdout")
+    add("ckpt_weights", "ema", "of a checkpoint", choices=("ema", "raw"))
+    add("stats", None, "save mu and sigma of A in this .npz")
     sample.add_flags(parser, batch_size=32)
     args = parser.parse_args(argv)
     args.metrics = args.metrics.split(",")
-    args.keep = args.metrics != ["fid"]
+    args.keep = bool({"kid", "pr"} & {*args.metrics})
     args.device = sample.pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
-    need(set(args.metrics) <= {"fid", "kid", "pr"}, "--metrics takes fid,kid,pr or some of it")
+    need({*args.metrics} <= {"fid", "kid", "pr"} or args.metrics == ["bpd"],
+         f"--metrics {args.metrics}: expected some of fid,kid,pr, or bpd alone")
     need(args.b or args.stats, f"one source, {args.a}: name a second, or give --stats")
-    need((args.stats or ".npz").endswith(".npz"), f"--stats is {args.stats}, expected NAME.npz")
-    need(not args.weights or args.features == "inception", "--weights is for --features inception")
-    return args
-
-
-def main(argv=None):
-    args = parse(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if args.metrics == ["bpd"]:
+        return print(json.dumps(bits_per_dim(args.a, args.b, args))) if rank == 0 else None
+    if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")  # only results travel
-    sources = [open_source(path, args) for path in (args.a, args.b) if path]
-    todo = [s for s in sources if s.mu is None]
-    need(not args.keep or all(s.mu is None or s.features is not None for s in sources),
-         "kid and pr need images, or statistics made with them: use --metrics fid")
-    net = load_features(args) if todo else None
-    for source in todo:
-        try:
-            measure_once(source, net, args)
-        except RuntimeError as e:  # too little memory, or a TorchScript file for other images
-            sys.exit(f"no features of {source.path}: {str(e)[-200:]!r}; try a smaller --batch_size")
-    found = [(s.path, len(s.mu), s.net) for s in sources]
-    need(len({s.net for s in sources} - {""}) <= 1 and len({len(s.mu) for s in sources}) == 1,
-         f"the features differ, {found}: measure both with the same --features")
-    if dist.is_initialized():
-        rank = dist.get_rank()
+    with ExitStack() as stack:
+        sources = [open_source(path, args, stack) for path in (args.a, args.b) if path]
+        need(not args.keep or all(s.mu is None for s in sources),
+             "kid and pr need images, not statistics: use --metrics fid")
+        net = load_features(args) if any(s.mu is None for s in sources) else None
+        for s in sources:
+            if s.mu is None:
+                measure(s, net, args)
+    if world > 1:
         dist.barrier()
         dist.destroy_process_group()  # or its threads may abort the process at its end
-        if rank > 0:
-            return
+    if rank > 0:
+        return
+    need(len({s.net for s in sources} - {""}) <= 1 and len({len(s.mu) for s in sources}) == 1,
+         f"features differ, {[s.net or len(s.mu) for s in sources]}: use the same --features")
     key, digest = (max(s.net for s in sources) or "fid unknown").split()
-    about = {"features": LABELS[key], "weights_sha256": digest, "dims": len(sources[0].mu),
-             "resize": "none" if key == "fd" else RESIZE, "dtype": args.dtype, "warnings": []}
+    about = dict(features=LABELS[key], weights_sha256=digest, dtype=args.dtype, warnings=[
+        f"{s.path} has only {s.n} images: this biases all figures" for s in sources
+        if 0 < s.n < max(2048, len(s.mu))], resize="none" if key == "fd" else RESIZE)
     if key == "fid" and digest != WEIGHTS_SHA256:
-        about["warnings"] += ["the Inception weights aren't known to be the public ones"]
+        about["warnings"] += ["the Inception weights are not known to be the public ones"]
     for name, s in zip("ab", sources):
-        about[name] = {"path": s.path, "n": s.n, "image_size": s.image_size, **s.about}
-        if 0 < s.n < max(2048, len(s.mu)):
-            about["warnings"] += [f"{s.path} has only {s.n} images: this biases all figures"]
+        about[name] = dict(path=s.path, n=s.n, image_size=s.sizes, **s.about)
     print(*(f"{name}: {value}" for name, value in about.items()), sep="\n", file=sys.stderr)
     a, result = sources[0], {}
     for b in sources[1:]:
@@ -439,10 +388,10 @@ def main(argv=None):
         result |= kid(a.features, b.features, seed=args.seed) if "kid" in args.metrics else {}
         result |= precision_recall(a.features, b.features) if "pr" in args.metrics else {}
     if args.stats:
-        save_stats(args.stats, a)
+        stored = dict(mu=a.mu, sigma=a.sigma, n=a.n, net=a.net)
+        sample.replace_file(args.stats, lambda f: np.savez(f, **stored))
     lines = [f"{LABELS.get(name, name)} {value:.6g}" for name, value in result.items()]
     print(json.dumps(result | about) if args.json else "\n".join(lines))
-
 
 if __name__ == "__main__":
     main()

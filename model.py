@@ -1,12 +1,10 @@
-"""The network: a diffusion transformer that sees only the visible patches of an image.
+"""The network, its noise model and its losses: a diffusion transformer on visible patches.
 
-An image is cut into N patches; training may keep K <= N of them. Whatever the network does, it does
-on K tokens, so hiding nine tenths of the patches makes a step about ten times cheaper; only an
-optional decoder looks at all N places again. Everything here takes `visible`, the (B, K) indices of
-the kept patches; `visible=None` means the whole image.
-
+An image is cut into N patches; training may keep K <= N of them. What the network does, it does on
+K tokens, so hiding nine tenths of the patches makes a step about ten times cheaper. Everything here
+takes `visible`, the (B, K) indices of the kept patches; `visible=None` means the whole image.
 Symbols: B batch, C channels, H = W image side, p patch side, N = (H/p)^2, K visible tokens.
-Papers: MaskDM arXiv 2306.11363, MaskDiT 2306.09305, DiT 2212.09748, SPRINT 2510.21986,
+Papers: MaskDM arXiv 2306.11363, MaskDiT 2306.09305, DiT 2212.09748, TREAD 2501.04765,
 EDM 2206.00364, ECT 2406.14548, SCT 2410.18958, STF 2302.00670.
 """
 
@@ -15,6 +13,7 @@ import os
 import sys
 import zipfile
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -22,64 +21,46 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------------------------------------
-# Configuration. The architecture travels in the checkpoint; nothing else has to repeat it.
-
-
 @dataclass
 class ModelConfig:
+    """The architecture. It travels in the checkpoint, so that nothing else has to repeat it."""
+
     image_size: int = 64  # pixels (or latent cells) a side
     channels: int = 3
     patch_size: int = 4
     dim: int = 128  # width of a token
     depth: int = 6  # number of blocks
     heads: int = 4
-    num_classes: int = 0  # 0: unconditional; otherwise index num_classes is the null class
-    sigma_data: float = 0.5  # standard deviation of the data (EDM table 1)
-    decoder_depth: int = 0  # blocks after the masked ones, on all tokens (MaskDiT)
-    decoder_dim: int = 0  # their width; 0 becomes dim if there is a decoder
-    decoder_heads: int = 0  # 0 becomes heads
-    dense_depth: int = 0  # how many of `depth` blocks come before the masking (SPRINT)
+    num_classes: int = 0  # 0: unconditional
+    decoder_depth: int = 0  # blocks on all tokens after the masked ones (MaskDiT)
+    decoder_dim: int = 0  # their width; 0: dim
+    decoder_heads: int = 0  # 0: heads
+    route: tuple = ()  # (A, B): hidden tokens pass by the blocks A to B - 1 (TREAD); (): none do
     cm_segments: int = 0  # 0: a diffusion model; m > 0: a consistency model of m segments
-    known_classes: tuple = ()  # the classes that it was trained on; () becomes all
+    latent: tuple = ()  # mean and deviation of each channel of the data; (): 8-bit images
 
     def __post_init__(self):
+        self.latent = tuple(map(tuple, self.latent))
         self.decoder_dim = self.decoder_depth and (self.decoder_dim or self.dim)
         self.decoder_heads = self.decoder_depth and (self.decoder_heads or self.heads)
-        for f in fields(self)[:-1]:  # the numbers
-            v, low = getattr(self, f.name), -1 if f.default == 0 else 0
-            if type(v) is not f.type or not low < v < 2**20:
-                sys.exit(f"{f.name} is {v!r}, expected {f.type.__name__} above {low}, below 2^20")
-        known, classes = self.known_classes, range(self.num_classes)
-        if type(known) is not tuple or not all(type(k) is int and k in classes for k in known):
-            sys.exit(f"known_classes is {known!r}, expected a tuple of class numbers")
-        self.known_classes = known or tuple(classes)
-        size, p = self.image_size, self.patch_size
+        size, p, route = self.image_size, self.patch_size, self.route
         if size % p:
-            divisors = [q for q in range(1, size + 1) if size % q == 0]
-            fits = sorted(divisors, key=lambda q: abs(q - p))[:2]  # the two nearest
-            sys.exit(f"image size {size} is not divisible by patch_size {p}: use a patch_size of "
-                     f"{min(fits)} or {max(fits)}, or data of {size // p * p or p} or "
-                     f"{size // p * p + p} px")
-        for part in ("", "decoder_") if self.decoder_depth else ("",):
-            dim, step = getattr(self, part + "dim"), 4 * getattr(self, part + "heads")
-            if dim % step:
-                sys.exit(f"{part}dim {dim} must be a multiple of 4 x {part}heads ({step}); the "
-                         f"nearest that fits is {max(1, round(dim / step)) * step}")
-        if self.dense_depth and not (self.decoder_depth and self.dense_depth < self.depth):
-            sys.exit(f"dense_depth is {self.dense_depth}, expected less than depth {self.depth} "
-                     "and a decoder_depth above 0: give both, such as 2 and 2")
+            sys.exit(f"image size {size} is not divisible by patch_size {p}: use one of "
+                     f"{[q for q in range(1, size + 1) if size % q == 0]}")
+        if route and (self.decoder_depth or not 0 <= route[0] < route[1] <= self.depth):
+            sys.exit(f"route is {route}, expected A < B <= depth {self.depth}, and no decoder")
 
     @property
-    def grid(self):
-        """Patches a side."""
+    def grid(self):  # patches a side
         return self.image_size // self.patch_size
 
     @property
-    def token_dim(self):
-        """Values in one patch, p*p*C."""
+    def token_dim(self):  # values in one patch, p*p*C
         return self.patch_size**2 * self.channels
 
+    @property
+    def takes_all(self):  # whether the network is given all N tokens and hides some itself
+        return bool(self.decoder_depth or self.route)
 
 PRESETS = {  # MaskDM table of settings; DiT table 1
     "demo": dict(dim=128, depth=6, heads=4, patch_size=4),  # two CPU cores, minutes
@@ -91,17 +72,13 @@ PRESETS = {  # MaskDM table of settings; DiT table 1
     "dit-xl": dict(dim=1152, depth=28, heads=16, patch_size=2),
 }
 
-# ---------------------------------------------------------------------------------------------
-# Patches and masks.
-
-
+# ---- Patches and masks.
 def patchify(images, patch_size):
     """(B, H, W, C) -> (B, N, p*p*C), patches in row-major order."""
     b, h, w, c = images.shape
     p = patch_size
     x = images.reshape(b, h // p, p, w // p, p, c).permute(0, 1, 3, 2, 4, 5)
     return x.reshape(b, (h // p) * (w // p), p * p * c)
-
 
 def unpatchify(tokens, patch_size):
     """(B, N, p*p*C) -> (B, H, W, C), the inverse of `patchify` for square images."""
@@ -110,15 +87,11 @@ def unpatchify(tokens, patch_size):
     x = tokens.reshape(b, g, g, p, p, d // p**2).permute(0, 1, 3, 2, 4, 5)
     return x.reshape(b, g * p, g * p, d // p**2)
 
-
-def count_visible(grid, mask_ratio, mask_type="patch", block_size=4, may_hide_none=False):
+def count_visible(grid, mask_ratio, mask_type="patch", block_size=4):
     """Number K of visible patches on a grid x grid image: the same for every image of a batch.
-
     `mask_type` (MaskDM sec. 3.2): "patch" hides int(ratio*N) single patches, "block" hides
     int(ratio*N) // b^2 blocks of b x b on the block grid, "crop" shows one square of side
-    round(sqrt(N - int(ratio*N))). Exits with a sentence where a mask cannot be had, and, unless
-    `may_hide_none`, where a ratio above 0 hides none.
-    """
+    round(sqrt(N - int(ratio*N)))."""
     hidden = int(mask_ratio * grid**2)
     if mask_type == "crop":
         hidden = grid**2 - round(math.sqrt(grid**2 - hidden)) ** 2
@@ -127,18 +100,12 @@ def count_visible(grid, mask_ratio, mask_type="patch", block_size=4, may_hide_no
             sys.exit(f"block_size {block_size} does not divide the {grid} x {grid} grid of "
                      f"patches: use one of {[b for b in range(1, grid) if grid % b == 0]}")
         hidden = hidden // block_size**2 * block_size**2
-    if mask_ratio > 0 and hidden == 0 and not may_hide_none:
-        sys.exit(f"mask_ratio {mask_ratio} with mask_type {mask_type} hides none of the {grid**2} "
-                 "patches: raise the ratio, use smaller blocks, or ask for 0")
     return grid**2 - hidden
-
 
 def sample_visible(batch, grid, mask_ratio, mask_type="patch", block_size=4, generator=None):
     """Draw which patches stay visible: (batch, K) int64 indices in ascending order, or None.
-
-    None stands for the whole image, where nothing is hidden. Every image keeps `count_visible`.
-    """
-    k = count_visible(grid, mask_ratio, mask_type, block_size, may_hide_none=True)
+    None stands for the whole image, where nothing is hidden. Every image keeps `count_visible`."""
+    k = count_visible(grid, mask_ratio, mask_type, block_size)
     if k == grid**2:
         return None
     if mask_type == "crop":
@@ -156,11 +123,16 @@ def sample_visible(batch, grid, mask_ratio, mask_type="patch", block_size=4, gen
     col = (blocks % g * b).view(batch, -1, 1, 1) + inside
     return (row * grid + col).reshape(batch, k).sort(dim=1).values
 
+def mask_ratios(cfg):
+    """The share of patches to hide in each part of a run: one value, or six stairs if it changes
+    (compiling starts anew for each). cosine4, cos(pi/2 x)^4 over the run, is MaskDiT's."""
+    if cfg.mask_ratio_end is None:
+        return [cfg.mask_ratio]
+    power = 0 if cfg.mask_schedule == "linear" else int(cfg.mask_schedule[6:] or 1)
+    shape = [math.cos(math.pi / 2 * i / 5) ** power if power else 1 - i / 5 for i in range(6)]
+    return [cfg.mask_ratio_end + (cfg.mask_ratio - cfg.mask_ratio_end) * share for share in shape]
 
-# ---------------------------------------------------------------------------------------------
-# The network (DiT with adaLN-Zero), on whatever tokens it is given.
-
-
+# ---- The network (DiT with adaLN-Zero), on whatever tokens it is given.
 def sincos_positions(grid, dim):
     """Fixed 2-D sine-cosine positions (grid*grid, dim): half the channels for the row."""
     freq = 10000.0 ** -(np.arange(dim // 4) / (dim // 4))
@@ -169,24 +141,19 @@ def sincos_positions(grid, dim):
     rows, cols = axis.repeat(grid, axis=0), np.tile(axis, (grid, 1))
     return torch.from_numpy(np.concatenate([rows, cols], axis=1)).float()
 
-
 def attention(q, k, v):
     """Softmax attention, all (B, heads, N, head_dim).
-
     Fused, except for short sequences on a CPU, where the backward of the fused kernel takes longer
-    than two batched products (`tests/bench.py attention`).
-    """
+    than two batched products (`tests/tools/bench.py attention`)."""
     if q.device.type == "cpu" and q.shape[2] <= 512:
         scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
         return scores.softmax(dim=3) @ v  # the kernel sums in float32 for bfloat16 scores, too
     return F.scaled_dot_product_attention(q, k, v)
 
-
 def modulate(x, shift, scale):
     """LayerNorm without affine, then shift and scale. x (B, K, D), the others (B, 1, D)."""
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6).to(scale.dtype)  # float32 until here under autocast
     return torch.addcmul(shift, x, 1 + scale)
-
 
 class Block(nn.Module):
     """Transformer block; the noise level modulates its norms and residuals (DiT, adaLN-Zero)."""
@@ -210,6 +177,11 @@ class Block(nn.Module):
         h = self.fc1(modulate(x, shift2, scale2))
         return x + gate2 * self.fc2(F.gelu(h))  # DiT's tanh form takes 3 times as long on a CPU
 
+def through(blocks, x, cond):
+    """x (B, K, D) after all of the blocks."""
+    for block in blocks:
+        x = block(x, cond)
+    return x
 
 def take(tokens, visible):
     """The visible ones (B, K, D) of all tokens (B, N, D); visible (B, K), or None for all."""
@@ -217,14 +189,16 @@ def take(tokens, visible):
         return tokens
     return tokens.gather(1, visible[:, :, None].expand(-1, -1, tokens.shape[2]))
 
+def put(tokens, visible, others):
+    """`others` (B, N, D) with the tokens (B, K, D) in their places visible (B, K)."""
+    return others.scatter(1, visible[:, :, None].expand_as(tokens), tokens)
 
 class DiT(nn.Module):
     """tokens, c_noise (B,), visible (B, K) or None, labels (B,) or None -> tokens of that shape.
-
-    tokens (B, K, p*p*C) are the visible ones; with a decoder (B, N, p*p*C), all of them. The blocks
-    then still see the visible ones alone, and the decoder's blocks the answer for these and one
-    learned token in every other place (MaskDiT fig. 2). With dense_depth > 0 the first blocks see
-    all tokens, and what they make of them goes to the decoder, too (SPRINT, arXiv 2510.21986).
+    tokens (B, K, p*p*C) are the visible ones. With a decoder or a route they are all (B, N, p*p*C):
+    the blocks then still see the visible ones alone, and the decoder's blocks the answer for these
+    and one learned token in every other place (MaskDiT fig. 2); or only the blocks of the route do
+    (TREAD fig. 2), and the hidden tokens come back as they were before. labels: -1 is "no class".
     """
 
     def __init__(self, config):
@@ -237,8 +211,9 @@ class DiT(nn.Module):
         freq = torch.from_numpy(np.geomspace(0.1, 16.0, c.dim // 2)).float()
         self.register_buffer("freq", freq, persistent=False)
         self.time = nn.Sequential(nn.Linear(c.dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+        # One row more: that of "no class", which has the number -1 outside the network.
         self.labels = nn.Embedding(c.num_classes + 1, c.dim) if c.num_classes else None
-        self.dense_depth = c.dense_depth
+        self.route = c.route
         self.blocks = nn.ModuleList(Block(c.dim, c.heads, c.dim) for _ in range(c.depth))
         self.decoder = None
         if c.decoder_depth:
@@ -246,8 +221,6 @@ class DiT(nn.Module):
             self.mask_token = nn.Parameter(0.02 * torch.randn(c.decoder_dim))
             positions = sincos_positions(c.grid, c.decoder_dim)
             self.register_buffer("decoder_positions", positions, persistent=False)
-            if c.dense_depth:
-                self.fuse = nn.Linear(c.decoder_dim + c.dim, c.decoder_dim)
             self.decoder = nn.ModuleList(
                 Block(c.decoder_dim, c.decoder_heads, c.dim) for _ in range(c.decoder_depth))
         width = c.decoder_dim or c.dim
@@ -268,41 +241,86 @@ class DiT(nn.Module):
         angle = c_noise[:, None] * self.freq
         cond = self.time(torch.cat([angle.sin(), angle.cos()], dim=1))  # (B, D)
         if self.labels is not None:
-            cond = cond + self.labels(labels)
+            last = self.labels.num_embeddings - 1
+            cond = cond + self.labels(torch.where(labels < 0, last, labels))
         cond = F.silu(cond)
-        if self.dense_depth:
-            x = self.embed(tokens) + self.positions  # (B, N, D)
-            for block in self.blocks[: self.dense_depth]:
-                x = block(x, cond)
-            dense, x = x, take(x, visible)
+        if self.decoder:
+            tokens = take(tokens, visible)
+        whole, blocks = visible is None or self.route, [*self.blocks]
+        x = self.embed(tokens) + (self.positions if whole else self.positions[visible])
+        if visible is None or not self.route:
+            x = through(blocks, x, cond)
         else:
-            positions = self.positions if visible is None else self.positions[visible]
-            x = self.embed(take(tokens, visible) if self.decoder else tokens) + positions
-        for block in self.blocks[self.dense_depth :]:  # (B, K, D)
-            x = block(x, cond)
+            a, b = self.route
+            x = through(blocks[:a], x, cond)
+            x = put(through(blocks[a:b], take(x, visible), cond), visible, x)
+            x = through(blocks[b:], x, cond)
         if self.decoder:
             x = self.decoder_embed(x)
             if visible is None:
                 x = x + 0 * self.mask_token  # a gradient of zero, so that no process lacks one
-            else:  # back to their places among N; the mask token in all others
-                whole = self.mask_token.to(x.dtype).expand(len(x), len(self.positions), -1)
-                x = whole.scatter(1, visible[:, :, None].expand_as(x), x)
-            if self.dense_depth:
-                x = self.fuse(torch.cat([x, dense], dim=2))
-            x = x + self.decoder_positions
-            for block in self.decoder:
-                x = block(x, cond)
+            else:
+                others = self.mask_token.to(x.dtype).expand(len(x), len(self.positions), -1)
+                x = put(x, visible, others)
+            x = through(self.decoder, x + self.decoder_positions, cond)
         shift, scale = self.modulation(cond)[:, None].chunk(2, dim=2)
         return self.head(modulate(x, shift, scale))
 
+# ---- The noise model, EDM: all that knows how noise is added. Another one changes this section.
+NOISE = "edm"  # checkpoints say with which they were trained
+SIGMA_DATA = 0.5  # standard deviation of the data, which are normalised to it
+P_MEAN, P_STD = -1.2, 1.2  # of ln sigma in training (EDM table 1)
+
+def need_noise(kind, feature):
+    """Exit if a feature that is derived for one kind of noise model meets another."""
+    if kind != NOISE:
+        sys.exit(f"{feature} is for the noise model {kind}, but this is {NOISE}")
+
+def sigma_of(z, mean=P_MEAN, std=P_STD):
+    """Noise levels from standard normal draws or quantiles z (EDM table 1)."""
+    return torch.exp(mean + std * z)
+
+def noised(clean, noise, sigma):
+    """Noisy tokens x (B, K, d) from clean ones and standard normal noise; sigma (B,)."""
+    return clean + sigma.view(-1, 1, 1) * noise
+
+def denoising_loss(denoised, clean, sigma):
+    """Weighted denoising error of each image over its visible patches, (B,) (EDM eq. 8).
+    denoised, clean (B, K, p*p*C), sigma (B,). With everything visible it is the plain EDM loss."""
+    weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
+    return weight * (denoised - clean).square().mean(dim=(1, 2))
+
+def sampler_levels(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """Noise levels of a sampler, float64 (steps + 1,), from sigma_max to 0 (EDM eq. 5)."""
+    i = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
+    top, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return torch.cat([(top + i * (low - top)) ** rho, torch.zeros(1, dtype=torch.float64)])
+
+@lru_cache
+def scale_of(latent, device):
+    """Mean and deviation of each channel of latents, as tensors (C,)."""
+    return torch.tensor(latent, device=device)
+
+def normalised(data, latent):
+    """8-bit values to [-1, 1]; latents (..., p*p*C) to mean 0 and deviation SIGMA_DATA in each
+    channel, by their mean and deviation `latent`: noise levels are measured against that."""
+    if not latent:
+        return data.float().div_(127.5).sub_(1)
+    mean, deviation = scale_of(latent, data.device)
+    data = (data.unflatten(-1, (-1, len(mean))) - mean) * (SIGMA_DATA / deviation)
+    return data.flatten(-2)
+
+@lru_cache
+def segment_edges(segments, device="cpu", dtype=torch.float64):
+    """Edges of the segments of a consistency model, (segments + 1,), from 80 to 0: the sampler's
+    levels with one step more, without its lowest: [80, 0], [80, 2.5, 0], ..."""
+    levels = sampler_levels(segments + 1)
+    return torch.cat([levels[:-2], levels[-1:]]).to(device, dtype)
 
 class Denoiser(nn.Module):
-    """EDM preconditioning around the network: D(x; sigma), the denoised tokens (EDM eq. 7).
-
-    x noisy tokens, (B, K, p*p*C) or, with a decoder, (B, N, p*p*C); sigma (B,) > 0; visible (B, K)
-    or None; labels (B,) int64, num_classes being the null class, needed if the model has classes.
-    Returns float32 (or wider) of x's shape.
-    """
+    """Preconditioning around the network: D(x; sigma), the denoised tokens (EDM eq. 7).
+    x noisy tokens, (B, K, p*p*C), or (B, N, p*p*C) if config.takes_all; sigma (B,) > 0; visible
+    (B, K) or None; labels (B,), -1 for no class. Returns float32 (or wider) of x's shape."""
 
     def __init__(self, config):
         super().__init__()
@@ -310,299 +328,171 @@ class Denoiser(nn.Module):
         self.net = DiT(config)
 
     def forward(self, x, sigma, visible=None, labels=None):
-        sd = self.config.sigma_data
-        s = sigma.view(-1, 1, 1)
+        sd, s = SIGMA_DATA, sigma.view(-1, 1, 1)
         c_skip = sd**2 / (s**2 + sd**2)
         c_out = s * sd / (s**2 + sd**2).sqrt()
         c_in = 1 / (s**2 + sd**2).sqrt()
         out = self.net((c_in * x).to(self.net.head.weight.dtype), sigma.log() / 4, visible, labels)
         return c_skip * x + c_out * out.to(x.dtype)
 
-
-# ---------------------------------------------------------------------------------------------
-# Losses: functions of tensors that draw nothing themselves.
-
-
-def denoising_loss(denoised, clean, sigma, sigma_data):
-    """Weighted denoising error of each image over its visible patches, (B,) (EDM eq. 8).
-
-    denoised, clean (B, K, p*p*C), sigma (B,). With everything visible it is the plain EDM loss.
-    """
-    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    return weight * (denoised - clean).square().mean(dim=(1, 2))
-
-
+# ---- Losses: functions of tensors that draw nothing themselves.
 def reconstruction_loss(denoised, noisy, visible):
     """Error of each image over its masked patches, (B,) (MaskDiT sec. 3.3).
-
     denoised, noisy (B, N, p*p*C), visible (B, K), K < N. The target is the noisy patch, normalised
-    by its own mean and variance; the noise level does not weigh it.
-    """
+    by its own mean and variance; the noise level does not weigh it."""
     mean, variance = noisy.mean(dim=2, keepdim=True), noisy.var(dim=2, keepdim=True)
     target = (noisy - mean) / (variance + 1e-6).sqrt()
     error = (denoised - target).square().mean(dim=2)  # (B, N)
     return error.scatter(1, visible, 0).sum(dim=1) / (error.shape[1] - visible.shape[1])
 
-
 def consistency_step(t, stage, q=2.0, k=8.0, b=1.0):
     """The lower noise level r of each pair (t, r), 0 <= r < t (ECT eq. 16; k = 0: the constant).
-
-    r = t (1 - q^-(stage + 1) (1 + k sigmoid(-b t))), at least 0. t (B,); the pairs close as the
-    stage, 0, 1, 2, ... or any number between, goes up.
-    """
+    t (B,); the pairs close as the stage, 0, 1, 2, ... or any number between, goes up."""
     return (t * (1 - q ** -(stage + 1.0) * (1 + k * torch.sigmoid(-b * t)))).clamp_min(0)
-
-
-def consistency_function(denoised, x, t, s):
-    """f(x, t) = (1 - s/t) D + (s/t) x, which is x at t = s: consistent down to the level s.
-
-    denoised, x (B, K, p*p*C), t and s (B,). With s = 0 it is D itself.
-    """
-    share = (s / t).view(-1, 1, 1)
-    return denoised + share * (x - denoised)
-
 
 def posterior_mean(x, clean, sigma, references, allowed=None, visible=None):
     """The mean of the images that may lie behind x, (B, K, d) (STF, arXiv 2302.00670, eq. 6; SCT).
-
     sum_i a_i y_i over y itself (clean) and R references, a = softmax(-|x - y_i|^2 / (2 sigma^2)).
     x, clean (B, K, d) and sigma (B,); references (R, N, d), of which image j sees the patches
-    visible[j] (None: all), and, with allowed (B, R) bool, only the references allowed[j].
-    In float32 and by matrix products: no (B, R, N*d) tensor exists.
-    """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # distances are differences of large numbers
-    try:
-        with torch.autocast(x.device.type, enabled=False):
-            b, d = len(x), x.shape[2]
-            refs = references.flatten(1)  # (R, N*d)
-            if visible is None:
-                product, square = x.flatten(1) @ refs.T, refs.square().sum(dim=1)
-            else:  # hidden patches count zero in both
-                place = visible[:, :, None].expand(-1, -1, d)
-                blank = x.new_zeros(b, *references.shape[1:])
-                product = blank.scatter(1, place, x).flatten(1) @ refs.T
-                shown = blank.scatter(1, place, torch.ones_like(x)).flatten(1)
-                square = shown @ refs.square().T
-            distance = x.square().sum(dim=(1, 2))[:, None] - 2 * product + square  # (B, R)
-            own = (x - clean).square().sum(dim=(1, 2))[:, None]
-            logits = -torch.cat([own, distance], dim=1) / (2 * sigma[:, None] ** 2)
-            if allowed is not None:
-                logits[:, 1:].masked_fill_(~allowed, -math.inf)
-            weights = logits.softmax(dim=1)  # (B, 1 + R)
-            mean = (weights[:, 1:] @ refs).view(b, *references.shape[1:])
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    visible[j] (None: all), and, with allowed (B, R) bool, only the references allowed[j]."""
+    with torch.autocast(x.device.type, enabled=False):  # small differences of large numbers
+        refs = references.flatten(1)  # (R, N*d)
+        if visible is None:
+            product, square = x.flatten(1) @ refs.T, refs.square().sum(dim=1)
+        else:  # hidden patches count zero in both
+            blank = x.new_zeros(len(x), *references.shape[1:])
+            product = put(x, visible, blank).flatten(1) @ refs.T
+            square = put(torch.ones_like(x), visible, blank).flatten(1) @ refs.square().T
+        distance = x.square().sum(dim=(1, 2))[:, None] - 2 * product + square  # (B, R)
+        own = (x - clean).square().sum(dim=(1, 2))[:, None]
+        logits = -torch.cat([own, distance], dim=1) / (2 * sigma[:, None] ** 2)
+        if allowed is not None:
+            logits[:, 1:].masked_fill_(~allowed, -math.inf)
+        weights = logits.softmax(dim=1)  # (B, 1 + R)
+        mean = (weights[:, 1:] @ refs).view(len(x), *references.shape[1:])
     return weights[:, :1, None] * clean + take(mean, visible)
 
-
-def consistency_loss(f_t, target, t, r, c=0.0, weight="gap", sigma_data=0.5):
+def consistency_loss(f_t, target, t, r, c=0.0, weight="gap"):
     """Weighted distance of each image, (B,) (ECT sec. 3.3): w * (sqrt(|f_t - target|^2 + c^2) - c).
-
-    f_t, target (B, K, d), t > r (B,). w = 1/(t - r) for "gap", 1/t^2 + 1/sigma_data^2 for "edm".
-    """
+    f_t, target (B, K, d), t > r (B,). w = 1/(t - r) for "gap", 1/t^2 + 1/sigma_data^2 for "edm"."""
     norm = torch.linalg.vector_norm(f_t - target, dim=(1, 2))  # its gradient at 0 is 0
     distance = (norm**2 + c**2).sqrt() - c if c else norm
-    return distance * (1 / (t - r) if weight == "gap" else 1 / t**2 + 1 / sigma_data**2)
+    return distance * (1 / (t - r) if weight == "gap" else 1 / t**2 + 1 / SIGMA_DATA**2)
 
-
-# ---------------------------------------------------------------------------------------------
-# Objectives: a network and a batch -> the loss of each image.
-
-
-def objective(model, config, clean, noise, sigma, visible, labels, mae_weight=0.0, target=None):
+# ---- Objectives: a network and a batch -> the loss of each image.
+def diffusion_objective(model, config, clean, noise, sigma, visible, labels, mae_weight=0.0,
+                        target=None):
     """The loss of each image of a batch, (b,): masked or whole, the same line.
-
-    A decoder also answers for hidden patches. After MaskDiT's encoder they are reconstructed; where
-    the first blocks have seen them (dense_depth > 0) they are denoised like the others. `target`:
-    what the answer should be, if not `clean`.
-    """
+    After MaskDiT's encoder the hidden patches are reconstructed, too. `target`: what the answer
+    should be, if not `clean`."""
     target = clean if target is None else target
-    noisy = clean + sigma.view(-1, 1, 1) * noise
-    denoised = model(noisy, sigma, visible, labels)
-    seen = visible if config.decoder_depth and not config.dense_depth else None
-    loss = denoising_loss(take(denoised, seen), take(target, seen), sigma, config.sigma_data)
-    return loss if seen is None else loss + mae_weight * reconstruction_loss(denoised, noisy, seen)
+    x = noised(clean, noise, sigma)
+    denoised = model(x, sigma, visible, labels)
+    if not config.decoder_depth or visible is None:
+        return denoising_loss(denoised, target, sigma)
+    seen = denoising_loss(take(denoised, visible), take(target, visible), sigma)
+    return seen + mae_weight * reconstruction_loss(denoised, x, visible)
 
-
-def consistency_objective(model, config, cfg, step, edges, clean, noise, sigma, visible, labels,
+def consistency_objective(model, config, cfg, step, clean, noise, sigma, visible, labels,
                           references=None, reference_labels=None):
     """The consistency loss of each image, (b,): ECT's, or SCT's if there are references.
-
     The answer at sigma = t is drawn to the answer of the same network, without gradient, at the
-    lower level r, where x is one step along the estimated ODE from x_t. edges (m + 1,): the
-    segments' noise levels, from 80 to 0 (sample.segment_edges); cfg: the settings cm_* of train.py.
-    """
-    t, noisy = sigma, clean + sigma.view(-1, 1, 1) * noise
+    lower level r, where x is one step along the estimated ODE from x_t."""
+    t, x_t = sigma, noised(clean, noise, sigma)
+    edges = segment_edges(config.cm_segments, t.device, t.dtype)
     lower = torch.where(edges[1:] < t[:, None], edges[1:], 0).amax(dim=1)  # of t's segment
-    stage = step / cfg.cm_stage_length
+    stage = step / max(1, math.ceil(cfg.steps / cfg.cm_stages))
     stage = stage if cfg.cm_smooth else math.floor(stage)
     r = torch.maximum(consistency_step(t, stage, cfg.cm_q, cfg.cm_k, cfg.cm_b), lower)
     goal = clean  # where the ODE leads, judged by this image alone
+    seen = visible if config.decoder_depth else None  # of the answer the visible patches count
     if references is not None:
-        allowed = None
-        if labels is not None:
-            null = labels[:, None] == config.num_classes
-            allowed = (labels[:, None] == reference_labels) | null
-        seen = None if config.decoder_depth else visible
-        goal = posterior_mean(noisy, clean, t, references, allowed, seen)
-    x_r = noisy + ((r - t) / t).view(-1, 1, 1) * (noisy - goal)
+        allowed = None if labels is None else (
+            (labels[:, None] == reference_labels) | (labels[:, None] == -1))
+        shown = None if config.takes_all else visible
+        goal = posterior_mean(x_t, clean, t, references, allowed, shown)
+    x_r = x_t + ((r - t) / t).view(-1, 1, 1) * (x_t - goal)
+
+    def f(x, s):  # (1 - lower/s) D + (lower/s) x, which is x at s = lower: consistent down to there
+        denoised = model(x, s, visible, labels)
+        return denoised + (lower / s).view(-1, 1, 1) * (x - denoised)
+
     with torch.no_grad():
         level = torch.where(r > lower, r, t)  # where r = lower the answer is x_r itself
-        below = consistency_function(model(x_r, level, visible, labels), x_r, level, lower)
-        target = torch.where((r > lower).view(-1, 1, 1), below, x_r)
-    above = consistency_function(model(noisy, t, visible, labels), noisy, t, lower)
-    if config.decoder_depth and not config.dense_depth:
-        above, target = take(above, visible), take(target, visible)
-    return consistency_loss(above, target, t, r, cfg.cm_c, cfg.cm_weight, config.sigma_data)
+        target = torch.where((r > lower).view(-1, 1, 1), f(x_r, level), x_r)
+    f_t = f(x_t, t)
+    return consistency_loss(take(f_t, seen), take(target, seen), t, r, cfg.cm_c, cfg.cm_weight)
 
-
-# ---------------------------------------------------------------------------------------------
-# What was learned before: importance of the weights, and how well images are known.
-
-
-def fisher_information(denoiser, config, batches, autocast):
-    """Diagonal Fisher information of the denoising loss: E (d loss / d weight)^2 (EWC), by name.
-
-    The mean over the images of all batches of the squared gradient of each image alone.
-    """
-    total = {n: torch.zeros_like(p) for n, p in denoiser.named_parameters()}
-    count = 0
-    for batch in batches:
-        for i in range(len(batch["clean"])):
-            one = {k: None if batch[k] is None else batch[k][i : i + 1]
-                   for k in ("clean", "noise", "sigma", "visible", "labels")}
-            with autocast:
-                loss = objective(denoiser, config, **one).sum()
-            gradients = torch.autograd.grad(loss, list(denoiser.parameters()))
-            for t, g in zip(total.values(), gradients):
-                t.addcmul_(g, g)
-        count += len(batch["clean"])
-    if dist.is_initialized():  # each process had its part of the batches
-        count = torch.tensor(float(count), device=next(iter(total.values())).device)
-        for t in (count, *total.values()):
+# ---- Continual learning: what each weight is worth, and what a teacher answers.
+def fisher_information(denoiser, config, batch, autocast):
+    """Diagonal Fisher information of the denoising loss, E (d loss / d weight)^2 (EWC): a list.
+    The mean over the images of a batch, of all processes, of each image's squared gradient."""
+    parameters = list(denoiser.parameters())
+    total, count = [torch.zeros_like(p) for p in parameters], len(batch["clean"])
+    for i in range(count):
+        one = {k: None if batch[k] is None else batch[k][i : i + 1]
+               for k in ("clean", "noise", "sigma", "visible", "labels")}
+        with autocast:
+            loss = diffusion_objective(denoiser, config, **one).sum()
+        gradients = torch.autograd.grad(loss, parameters)
+        torch._foreach_addcmul_(total, gradients, gradients)
+    if dist.is_initialized():  # each process had its part of the images
+        count = torch.tensor(float(count), device=total[0].device)
+        for t in (count, *total):
             dist.all_reduce(t)
-    return {n: t / count for n, t in total.items()}
-
+    return [t / count for t in total]
 
 @torch.no_grad()
-def add_penalty(parameters, anchor, strength):
-    """Add the gradient of 1/2 sum strength (theta - anchor)^2; returns its value.
+def teach(teacher, n_new, clean, noise, sigma, visible, labels):
+    """The targets: the first n_new images, then what the teacher answers (arXiv 2311.14028)."""
+    if n_new == len(clean):
+        return clean
+    x = noised(clean[n_new:], noise[n_new:], sigma[n_new:])
+    shown, classes = (None if t is None else t[n_new:] for t in (visible, labels))
+    return torch.cat([clean[:n_new], teacher(x, sigma[n_new:], shown, classes)])
 
-    parameters, anchor: lists of tensors; strength: a number (L2) or a list of tensors (EWC).
-    """
-    pull = torch._foreach_sub([p.detach() for p in parameters], anchor)
-    force = torch._foreach_mul(pull, strength)
-    torch._foreach_add_([p.grad for p in parameters], force)
-    return sum((f * d).sum() for f, d in zip(force, pull)) / 2
-
-
-def decoder_nats(z, values, sigma=0.002):
-    """-ln p(v | z) of 8-bit values: p = softmax over the levels v_k of -(z - v_k)^2 / (2 sigma^2).
-
-    z any shape, in [-1, 1] and noisy; values uint8 of that shape.
-    """
-    levels = torch.arange(256, device=z.device, dtype=z.dtype) / 127.5 - 1
-    logits = -((z.reshape(-1, 1) - levels) ** 2) / (2 * sigma**2)
-    return -logits.log_softmax(dim=1).gather(1, values.reshape(-1, 1).long()).view(z.shape)
-
-
-def bound(denoise, values, generator, sigma_data=0.5, bins=10):
-    """Variational bound on -log2 p in bits per dimension (b,), and losses by level (b, bins).
-
-    values uint8 (b, K, d); denoise(x, sigma (b,)) -> D. With lambda = -2 ln sigma: 1/2 of the
-    integral of E|x - D|^2 e^lambda, by one noise level of each image in each bin of ln sigma, + the
-    prior |x|^2 / (2 sigma_max^2) + the decoder at sigma_min. The losses: `denoising_loss`.
-    """
-    low, high = math.log(0.002), math.log(80.0)  # the noise levels of the sampler
-    x = values.float() / 127.5 - 1
-    b, size = len(x), x[0].numel()
-
-    def randn():
-        return torch.randn(x.shape, generator=generator).to(x.device)
-
-    losses, nats = [], 0.0
-    for i in range(bins):
-        # One random place in the bin, and the images evenly over it: less chance, no bias.
-        u = (torch.randperm(b, generator=generator) + torch.rand(1, generator=generator)) / b
-        sigma = torch.exp(low + (high - low) * (i + u) / bins).to(x.device)
-        denoised = denoise(x + sigma.view(-1, 1, 1) * randn(), sigma)
-        losses.append(denoising_loss(denoised, x, sigma, sigma_data))
-        error = (denoised - x).square().sum(dim=(1, 2))
-        nats = nats + (high - low) / bins * error / sigma**2  # d lambda = 2 d ln sigma
-    nats = nats + x.square().sum(dim=(1, 2)) / (2 * math.exp(2 * high))
-    z = x + math.exp(low) * randn()
-    decoded = torch.stack([decoder_nats(z[i], values[i]).sum() for i in range(b)])
-    return (nats + decoded) / (math.log(2) * size), torch.stack(losses, dim=1)
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints: one file of tensors and plain values, replaced as a whole or not at all.
-
-
+# ---- Checkpoints: one file of tensors and plain values, replaced as a whole or not at all.
 def save_checkpoint(path, checkpoint):
     """Write a checkpoint beside `path`, sync it, rename it; the one it replaces becomes *.prev.pt.
-
-    Whenever the machine stops, `path` or its *.prev.pt is whole. Raises OSError or RuntimeError if
-    the disk is full; the files there are then untouched.
-    """
+    Whenever the machine stops, one of them is whole. Exits with a sentence if the disk is full."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as f:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
-        if os.path.exists(path):
-            os.replace(path, previous_name(path))
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def previous_name(path):
-    """out/pt.pt -> out/pt.prev.pt"""
-    return os.path.splitext(path)[0] + ".prev.pt"
-
+    except (OSError, RuntimeError) as e:
+        os.remove(temporary)
+        sys.exit(f"{path} could not be written ({e}): the one before is whole, so make room and go "
+                 "on with --resume")
+    if os.path.exists(path):
+        os.replace(path, path.removesuffix(".pt") + ".prev.pt")
+    os.replace(temporary, path)
 
 def load_checkpoint(path):
     """Read a checkpoint of train.py, on the CPU; exits with a sentence if `path` is not one."""
-    if not os.path.isfile(path):
-        sys.exit(f"no checkpoint at {path}: give the path of a .pt file that train.py wrote")
     try:
         with zipfile.ZipFile(path) as z:  # torch.load itself does not compare the sums
             if damaged := z.testzip():
                 raise ValueError(f"wrong sum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        needed = ("model", "ema", "architecture", "config", "step")
-        if missing := [k for k in needed if k not in checkpoint]:
-            raise ValueError(f"it has no {', '.join(missing)}")
-        with torch.device("meta"):  # takes no memory, whatever size is claimed
-            right = Denoiser(stored_config(checkpoint)).state_dict()
-        shapes = {k: v.shape for k, v in right.items()}
-        step, config = checkpoint["step"], checkpoint["config"]
-        sound = isinstance(config, dict) and type(step) is int and step >= 0
-        for weights in (checkpoint["model"], checkpoint["ema"]):
-            sound &= {k: v.shape for k, v in weights.items()} == shapes
-            sound &= all(v.is_floating_point() and v.isfinite().all() for v in weights.values())
-        if not sound:
-            raise ValueError("odd weights, step or config")
-    except (Exception, SystemExit) as e:  # the file's bytes decide which
-        why = " ".join(f"{e}".split()).split(". ")[0][:200] or type(e).__name__
-        sys.exit(f"{path} is not a checkpoint of train.py, but damaged or of another kind ({why}): "
-                 "give a .pt file that train.py wrote")
+        stored, known = checkpoint["architecture"], {f.name for f in fields(ModelConfig)}
+        if stored.get("sigma_data", SIGMA_DATA) != SIGMA_DATA:
+            raise ValueError("a model of latents that were not normalised")
+        checkpoint["architecture"] = {k: v for k, v in stored.items() if k in known}
+    except Exception as e:  # the file's bytes decide which
+        sys.exit(f"{path} is no whole checkpoint of train.py ({type(e).__name__}: {e})")
+    need_noise(checkpoint.get("noise", "edm"), path)
     return checkpoint
 
-
-def stored_config(checkpoint):
-    """The ModelConfig of a checkpoint."""
-    known = {f.name for f in fields(ModelConfig)}
-    return ModelConfig(**{k: v for k, v in checkpoint["architecture"].items() if k in known})
-
-
-def denoiser_from_checkpoint(checkpoint, weights="ema"):
-    """Build the denoiser that a checkpoint describes, with its EMA or its raw weights."""
-    denoiser = Denoiser(stored_config(checkpoint))
-    denoiser.load_state_dict(checkpoint["ema" if weights == "ema" else "model"])
-    return denoiser
-
+def load_what_fits(denoiser, weights):
+    """Load weights by name where the shapes agree; returns the names of those that begin afresh.
+    Of the label embedding the rows of `weights` come first, and its last row stays the last."""
+    mine, labels = denoiser.state_dict(), "net.labels.weight"
+    if labels in weights and labels in mine:
+        table, old = mine[labels].clone(), weights[labels]
+        table[: len(old) - 1], table[-1] = old[:-1], old[-1]
+        weights = weights | {labels: table}
+    fits = {k: v for k, v in weights.items() if k in mine and v.shape == mine[k].shape}
+    denoiser.load_state_dict(mine | fits)
+    return sorted(k.removeprefix("net.") for k in mine.keys() - fits.keys())

@@ -1,4 +1,4 @@
-"""Shared by all tests: the scripts are importable from any working directory, two threads at most."""
+"""Shared by all tests: scripts and tests/tools are importable from anywhere, two threads at most."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 torch.set_num_threads(2)
 
 
@@ -26,9 +26,12 @@ def make_dataset(folder, n=24, size=16, channels=3, classes=0, seed=0, n_val=8, 
         np.save(folder / f"{split}.npy", images)
         if classes:
             np.save(folder / f"{split}_labels.npy", np.arange(count) % classes)
-    meta = dict(source="test", num_train=n, num_val=n_val, size=size, channels=channels, layout="NHWC",
-                dtype=np.dtype(dtype).name, sigma_data=0.5, hash=f"test-{seed}",
-                class_names=[f"class {i}" for i in range(classes)] or None, preprocessing={}, rejected=0)
+        if split == "train" and dtype != np.uint8:
+            values = images.astype(np.float64).reshape(-1, channels)
+            latent = [values.mean(0).tolist(), values.std(0).tolist()]
+    meta = dict(num_train=n, num_val=n_val, size=size, channels=channels, dtype=np.dtype(dtype).name,
+                class_names=[f"class {i}" for i in range(classes)] or None, hash=f"test-{seed}",
+                latent=None if dtype == np.uint8 else latent)
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
