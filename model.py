@@ -94,17 +94,16 @@ def count_visible(grid, mask_ratio, mask_type="patch", block_size=4):
     round(sqrt(N - int(ratio*N)))."""
     hidden = int(mask_ratio * grid**2)
     if mask_type == "crop":
-        hidden = grid**2 - round(math.sqrt(grid**2 - hidden)) ** 2
-    if mask_type == "block" and mask_ratio > 0:
-        if block_size < 1 or grid % block_size:
-            sys.exit(f"block_size {block_size} does not divide the {grid} x {grid} grid of "
-                     f"patches: use one of {[b for b in range(1, grid) if grid % b == 0]}")
-        hidden = hidden // block_size**2 * block_size**2
-    return grid**2 - hidden
+        return round(math.sqrt(grid**2 - hidden)) ** 2
+    if mask_type == "patch" or not hidden:
+        return grid**2 - hidden
+    if mask_type != "block" or block_size < 1 or grid % block_size:
+        sys.exit(f"there is no mask of type {mask_type} with block_size {block_size} on {grid} x "
+                 f"{grid} patches: use patch, crop, or block with a divisor of {grid}")
+    return grid**2 - hidden // block_size**2 * block_size**2
 
 def sample_visible(batch, grid, mask_ratio, mask_type="patch", block_size=4, generator=None):
-    """Draw which patches stay visible: (batch, K) int64 indices in ascending order, or None.
-    None stands for the whole image, where nothing is hidden. Every image keeps `count_visible`."""
+    """Which patches stay visible: (batch, K) int64, ascending; None where nothing is hidden."""
     k = count_visible(grid, mask_ratio, mask_type, block_size)
     if k == grid**2:
         return None

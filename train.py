@@ -34,7 +34,7 @@ import prepare_data
 import sample
 from model import (NOISE, P_MEAN, P_STD, PRESETS, Denoiser, ModelConfig,
                    consistency_objective, count_visible, diffusion_objective, fisher_information,
-                   load_checkpoint, load_what_fits, mask_ratios, normalised, patchify,
+                   load_checkpoint, load_what_fits, mask_ratios, need_noise, normalised, patchify,
                    sample_visible, save_checkpoint, sigma_of, teach)
 from prepare_data import Images, Parser, need
 
@@ -74,7 +74,7 @@ def parse(argv):
     add("mask_ratio", 0.0, "share of the patches hidden; > 0 is stage 1")
     add("mask_ratio_end", None, "share at the end, if another", type=float)
     add("mask_schedule", "cosine4", "way there: linear, or cosineK for cos(pi/2 x)^K")
-    add("mask_type", "block", "what is hidden", choices=("patch", "block", "crop"))
+    add("mask_type", "block", "what is hidden: patch, block, or all but a crop")
     add("block_size", 2, "patches a side of a hidden block")
     add("preset", "demo", "network size", choices=tuple(PRESETS))
     for name in ARCHITECTURE[:-1]:
@@ -135,6 +135,7 @@ def parse(argv):
         start = load_checkpoint(cfg.init_from)
     parser.set_defaults(**DEFAULTS[run_name(cfg), gpu])
     if cfg.loss == "consistency":
+        need_noise("edm", "--loss=consistency")
         parser.set_defaults(**CONSISTENCY[cfg.cm_preset])
     sizes = start.get("architecture") or PRESETS[parser.parse_args(argv).preset]
     parser.set_defaults(**{k: sizes[k] for k in ARCHITECTURE if k in sizes},
@@ -220,11 +221,12 @@ class Stream:
         visible = sample_visible(n, config.grid, ratio, cfg.mask_type, cfg.block_size, g)
         visible, index = None if visible is None else visible[mine], self.index(step)[mine]
         clean, labels = self.read(index, flip[mine], None if config.takes_all else visible)
-        labels = None if labels is None else labels.masked_fill(self.move(dropped[mine]), -1)
+        labels[dropped[mine]] = -1
         g = sample.seeded(cfg.seed, 2, step, device=self.device)
         noise = torch.randn(n, *clean.shape[1:], generator=g, device=self.device)[mine]
         return dict(index=index, clean=clean, noise=noise, sigma=self.move(sigma[mine]),
-                    visible=self.move(visible), labels=labels, **self.references(step))
+                    labels=self.move(labels) if config.num_classes else None,
+                    visible=self.move(visible), **self.references(step))
 
     def read(self, index, flip, visible=None):
         """The visible patches (None: all) of some images, new ones first, and their labels."""
@@ -234,8 +236,8 @@ class Stream:
             shown = None if visible is None else visible.numpy()[own]
             parts.append(source.read(index[own] - first, shown, flip[own]))
             labels.append(source.labels[index[own] - first])
-        patches, labels = (self.move(torch.from_numpy(np.concatenate(x))) for x in (parts, labels))
-        return normalised(patches, self.config.latent), labels if self.config.num_classes else None
+        patches, labels = (torch.from_numpy(np.concatenate(x)) for x in (parts, labels))
+        return normalised(self.move(patches), self.config.latent), labels
 
     def references(self, step):
         """The whole images that a batch shares to average over (SCT), and their labels."""
@@ -247,7 +249,7 @@ class Stream:
             index.append(first + torch.randint(len(source), (some,), generator=g).numpy())
         flip = torch.rand(n, generator=g).numpy() < 0.5 * cfg.hflip
         images, labels = self.read(np.concatenate(index), flip)
-        return dict(references=images, reference_labels=labels)
+        return dict(references=images, reference_labels=self.move(labels))
 
     def move(self, t):
         """To the device, without waiting for a GPU."""
@@ -414,8 +416,7 @@ def main(argv=None):
         return diffusion_objective(model, config, mae_weight=cfg.mae_weight, **batch)
 
     @torch.no_grad()
-    def evaluate():
-        """Log the mean loss of the EMA weights on the validation set."""
+    def evaluate():  # the EMA weights
         total, n = 0.0, len(validation["clean"])
         size = max(1, min(64, micro * max(stream.visible) // config.grid**2))  # as in training
         for i in range(0, n, size):

@@ -8,6 +8,7 @@ import torch
 from conftest import mistake
 
 import model
+import sample
 from model import (Denoiser, ModelConfig, count_visible, denoising_loss, patchify, sample_visible,
                    unpatchify)
 
@@ -72,8 +73,7 @@ def test_block_masks_show_whole_blocks_and_crops_show_one_square():
         assert rows.max() - rows.min() == cols.max() - cols.min() == 4
 
 
-def test_masks_that_cannot_be_had_are_refused_in_a_sentence():
-    assert "none of the 64 patches" in mistake(lambda _: count_visible(8, 0.2, "block", 4))
+def test_blocks_that_do_not_fit_the_grid_are_refused_in_a_sentence():
     assert "does not divide" in mistake(lambda _: count_visible(16, 0.5, "block", 3))
 
 
@@ -104,14 +104,15 @@ def test_an_untrained_network_is_the_best_linear_skip_and_has_edms_unit_loss():
     clean, noise = torch.randn(2, 2000, 16, 48, generator=g)
     sigma = torch.exp(torch.randn(2000, generator=g))
     noisy = 0.5 * clean + sigma.view(-1, 1, 1) * noise
-    loss = denoising_loss(denoiser(noisy, sigma), 0.5 * clean, sigma, 0.5)
+    loss = denoising_loss(denoiser(noisy, sigma), 0.5 * clean, sigma)
     assert abs(loss.mean().item() - 1) < 0.01
 
 
 def plain_network(denoiser, x, sigma, visible, label=None):
     """One image through the published equations, loops and explicit softmax, from the weights.
 
-    x (K, d), its visible patches, or with a decoder (N, d), all of them; visible: their numbers.
+    x (K, d), its visible patches, or with a decoder or a route (N, d), all of them; visible: which
+    patches are visible; label: the row of its class in the table, of which the last is "no class".
     """
     net, c = denoiser.net, denoiser.config
 
@@ -122,7 +123,7 @@ def plain_network(denoiser, x, sigma, visible, label=None):
         mean, var = v.mean(-1, keepdim=True), v.var(-1, unbiased=False, keepdim=True)
         return (v - mean) / torch.sqrt(var + 1e-6)
 
-    sd = c.sigma_data
+    sd = 0.5
     angle = math.log(sigma) / 4 * net.freq
     cond = torch.cat([torch.sin(angle), torch.cos(angle)])
     cond = linear(net.time[2], torch.nn.functional.silu(linear(net.time[0], cond)))
@@ -145,22 +146,21 @@ def plain_network(denoiser, x, sigma, visible, label=None):
 
     scaled = x / math.sqrt(sigma**2 + sd**2)
     seen = visible.tolist()
-    if c.dense_depth:  # every patch goes through the first blocks, then the visible ones go on
+    if c.route:  # every patch comes in, and the hidden ones pass by the middle blocks
         h = torch.stack([linear(net.embed, scaled[n]) + net.positions[n] for n in range(len(x))])
-        for block in net.blocks[: c.dense_depth]:
-            h = run(block, c.heads, h)
-        shallow, h = h, torch.stack([h[n] for n in seen])
     else:
         patches = [scaled[n] for n in seen] if c.decoder_depth else list(scaled)
         h = torch.stack([linear(net.embed, p) + net.positions[n] for p, n in zip(patches, seen)])
-    for block in net.blocks[c.dense_depth :]:
-        h = run(block, c.heads, h)
+    for i, block in enumerate(net.blocks):
+        if c.route and c.route[0] <= i < c.route[1]:
+            answer = run(block, c.heads, torch.stack([h[n] for n in seen]))
+            h = torch.stack([answer[seen.index(n)] if n in seen else h[n] for n in range(len(x))])
+        else:
+            h = run(block, c.heads, h)
     if c.decoder_depth:
         rows = []
         for n in range(len(x)):
             row = linear(net.decoder_embed, h[seen.index(n)]) if n in seen else net.mask_token
-            if c.dense_depth:
-                row = linear(net.fuse, torch.cat([row, shallow[n]]))
             rows.append(row + model.sincos_positions(c.grid, c.decoder_dim)[n])
         h = torch.stack(rows)
         for block in net.decoder:
@@ -174,20 +174,20 @@ def plain_network(denoiser, x, sigma, visible, label=None):
 def test_masked_loss_and_gradients_equal_brute_force_image_by_image(ratio):
     denoiser = random_denoiser(num_classes=3)
     clean, noise, sigma = random_batch()
-    labels = torch.tensor([0, 2, 3])  # 3 is the null class
+    labels = torch.tensor([0, 2, -1])
     visible = sample_visible(3, 4, ratio, generator=torch.Generator().manual_seed(0))
     whole = torch.arange(16).expand(3, 16)
     shown = whole if visible is None else visible
     noisy = clean + sigma.view(-1, 1, 1) * noise
     ours = denoiser(take(noisy, shown), sigma, visible, labels)
-    loss = denoising_loss(ours, take(clean, shown), sigma, 0.5).mean()
+    loss = denoising_loss(ours, take(clean, shown), sigma).mean()
     parameters = list(denoiser.parameters())
     gradients = torch.autograd.grad(loss, parameters)
 
     expected = 0
     for i in range(3):
         s = sigma[i].item()
-        denoised = plain_network(denoiser, noisy[i][shown[i]], s, shown[i], labels[i])
+        denoised = plain_network(denoiser, noisy[i][shown[i]], s, shown[i], labels[i] % 4)
         patches = [(denoised[j] - clean[i, n]).square().mean() for j, n in enumerate(shown[i])]
         expected = expected + (s**2 + 0.25) / (s * 0.5) ** 2 * sum(patches) / len(patches) / 3
     assert torch.allclose(loss, expected, rtol=1e-10)
@@ -195,32 +195,42 @@ def test_masked_loss_and_gradients_equal_brute_force_image_by_image(ratio):
         assert torch.allclose(ours, theirs, rtol=1e-7, atol=1e-9)
 
 
-DECODERS = [dict(decoder_depth=2, decoder_dim=48, decoder_heads=3),  # MaskDiT
-            dict(depth=3, dense_depth=1, decoder_depth=2)]  # SPRINT
+DECODER = dict(decoder_depth=2, decoder_dim=48, decoder_heads=3)  # MaskDiT
+ROUTES = [dict(depth=3, route=ends) for ends in ((1, 2), (0, 2), (1, 3), (0, 3))]  # TREAD
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("network", [DECODER, *ROUTES], ids=str)
 @pytest.mark.parametrize("ratio", [0, 0.5, 0.75])
-def test_the_decoder_equals_brute_force_image_by_image(ratio, decoder):
-    denoiser = random_denoiser(num_classes=3, **decoder)
+def test_decoder_and_route_equal_a_loop_over_images(ratio, network):
+    denoiser = random_denoiser(num_classes=3, **network)
     x, _, sigma = random_batch()
-    labels = torch.tensor([0, 2, 3])
+    labels = torch.tensor([0, 2, -1])
     visible = sample_visible(3, 4, ratio, generator=torch.Generator().manual_seed(0))
     shown = torch.arange(16).expand(3, 16) if visible is None else visible
     ours = denoiser(x, sigma, visible, labels)
     for i in range(3):
-        theirs = plain_network(denoiser, x[i], sigma[i].item(), shown[i], labels[i])
+        theirs = plain_network(denoiser, x[i], sigma[i].item(), shown[i], labels[i] % 4)
         assert torch.allclose(ours[i], theirs, rtol=1e-7, atol=1e-9)
 
 
-def test_after_maskdits_encoder_hidden_patches_reach_nothing_but_their_own_skip():
+@pytest.mark.parametrize("network", ROUTES, ids=str)
+def test_a_route_has_the_weights_of_the_plain_network_and_is_it_on_whole_images(network):
+    routed, plain = random_denoiser(**network), random_denoiser(**(network | dict(route=())))
+    x, _, sigma = random_batch()
+    assert [(n, p.shape) for n, p in routed.named_parameters()] == [
+        (n, p.shape) for n, p in plain.named_parameters()]
+    assert torch.equal(routed(x, sigma), plain(x, sigma))
+
+
+def test_hidden_patches_reach_the_others_by_a_route_alone():
     x, _, sigma = random_batch()
     visible = sample_visible(3, 4, 0.75, generator=torch.Generator().manual_seed(0))
     hidden = torch.ones(3, 16, dtype=torch.bool).scatter(1, visible, False)
     changed = torch.where(hidden[:, :, None], torch.randn_like(x), x)
     skip = (0.25 / (sigma**2 + 0.25)).view(-1, 1, 1)
-    for decoder, blind in zip(DECODERS, (True, False)):  # SPRINT's first blocks do see them
-        denoiser = random_denoiser(**decoder)
+    # After MaskDiT's encoder they reach nothing but their own skip; blocks outside a route see them.
+    for network, blind in ((DECODER, True), (ROUTES[0], False)):
+        denoiser = random_denoiser(**network)
         moved = denoiser(changed, sigma, visible) - denoiser(x, sigma, visible)
         assert torch.allclose(moved, skip * (changed - x)) == blind
 
@@ -271,22 +281,31 @@ def test_positions_tell_apart_all_patches_and_follow_the_formula():
 
 @pytest.mark.parametrize("ratio", [0, 0.5, 0.75])
 @pytest.mark.parametrize("classes", [0, 3])
-@pytest.mark.parametrize("decoder", [{}, *DECODERS])
-def test_every_parameter_gets_a_gradient(ratio, classes, decoder):
-    denoiser = random_denoiser(num_classes=classes, **decoder)
+@pytest.mark.parametrize("network", [{}, DECODER, ROUTES[0], ROUTES[3]], ids=str)
+def test_every_parameter_gets_a_gradient(ratio, classes, network):
+    denoiser = random_denoiser(num_classes=classes, **network)
     clean, noise, sigma = random_batch(b=4)
     visible = sample_visible(4, 4, ratio)
-    x = take(clean, visible) if visible is not None and not decoder else clean
-    labels = torch.tensor([0, 1, 2, 3]) if classes else None
-    denoising_loss(denoiser(x, sigma, visible, labels), x, sigma, 0.5).mean().backward()
+    x = take(clean, visible) if visible is not None and not network else clean
+    labels = torch.tensor([0, 1, 2, -1]) if classes else None
+    denoising_loss(denoiser(x, sigma, visible, labels), x, sigma).mean().backward()
     for name, p in denoiser.named_parameters():
         unused = ratio == 0 and name == "net.mask_token"  # its gradient is zero, not absent
         assert p.grad is not None and (p.grad.abs().sum() > 0) == (not unused), name
 
 
 def test_without_a_decoder_nothing_of_it_exists():
-    assert not [n for n in random_denoiser().state_dict() if "decoder" in n or "mask" in n or "fuse" in n]
-    assert "decoder_depth" in mistake(lambda _: ModelConfig(**CONFIG, dense_depth=1), [])
+    assert not [n for n in random_denoiser().state_dict() if "decoder" in n or "mask" in n]
+
+
+def test_label_minus_1_is_the_last_row_of_the_table():
+    denoiser = random_denoiser(num_classes=3)
+    x, _, sigma = random_batch()
+    null = denoiser(x, sigma, labels=torch.tensor([-1, -1, -1]))
+    assert not torch.allclose(null, denoiser(x, sigma, labels=torch.tensor([0, 1, 2])))
+    with torch.no_grad():  # now every class has the row of "no class"
+        denoiser.net.labels.weight[:3] = denoiser.net.labels.weight[3]
+    assert torch.equal(null, denoiser(x, sigma, labels=torch.tensor([0, 1, 2])))
 
 
 def test_presets_have_the_published_sizes():
@@ -301,22 +320,26 @@ def test_presets_have_the_published_sizes():
         assert abs(ours / published - 1) < 0.02, (name, ours)
 
 
-def test_sizes_that_do_not_fit_name_those_that_do():
-    sentence = mistake(lambda _: ModelConfig(image_size=30, patch_size=4))
-    assert "patch_size of 3 or 5" in sentence and "28 or 32 px" in sentence
-    assert "heads" in mistake(lambda _: ModelConfig(dim=100, heads=8))
+def test_sizes_that_do_not_fit_are_refused_in_a_sentence():
+    assert "[1, 2, 3, 5, 6, 10, 15, 30]" in mistake(lambda _: ModelConfig(image_size=30, patch_size=4))
+    for wrong in (dict(route=(2, 1)), dict(route=(1, 9)), dict(route=(1, 2), decoder_depth=1)):
+        assert "route is" in mistake(lambda _: ModelConfig(**wrong))
+
+
+def stored(denoiser, **changes):
+    """What train.py writes, as far as others need it."""
+    return dict(model=denoiser.state_dict(), ema=denoiser.state_dict(), config={}, step=1,
+                architecture=asdict(denoiser.config), noise="edm") | changes
 
 
 def test_a_checkpoint_comes_back_as_it_was_and_keeps_the_one_before(tmp_path):
     path = str(tmp_path / "ft.pt")
-    denoiser = random_denoiser(num_classes=3).float()
-    content = dict(model=denoiser.state_dict(), ema=denoiser.state_dict(), config={}, step=1,
-                   architecture=asdict(denoiser.config))
-    model.save_checkpoint(path, content)
-    model.save_checkpoint(path, content | {"step": 2})
+    denoiser = random_denoiser(num_classes=3, depth=3, route=(1, 2)).float()
+    model.save_checkpoint(path, stored(denoiser))
+    model.save_checkpoint(path, stored(denoiser, step=2))
     assert model.load_checkpoint(path)["step"] == 2
-    assert model.load_checkpoint(model.previous_name(path))["step"] == 1
-    again = model.denoiser_from_checkpoint(model.load_checkpoint(path))
+    assert model.load_checkpoint(str(tmp_path / "ft.prev.pt"))["step"] == 1
+    again, _ = sample.load_denoiser(path)
     assert again.config == denoiser.config
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), denoiser.parameters()))
     assert sorted(f.name for f in tmp_path.iterdir()) == ["ft.prev.pt", "ft.pt"]
@@ -324,12 +347,47 @@ def test_a_checkpoint_comes_back_as_it_was_and_keeps_the_one_before(tmp_path):
 
 def test_files_that_are_no_checkpoints_are_refused_in_a_sentence(tmp_path):
     path = tmp_path / "x.pt"
-    assert "no checkpoint at" in mistake(lambda _: model.load_checkpoint(str(path)))
-    torch.save({"weights": 1}, path)
-    assert "it has no model" in mistake(lambda _: model.load_checkpoint(str(path)))
-    torch.save([1, 2], path)
-    assert "is not a checkpoint" in mistake(lambda _: model.load_checkpoint(str(path)))
-    path.write_bytes(path.read_bytes()[:100])
-    assert "damaged or of another kind" in mistake(lambda _: model.load_checkpoint(str(path)))
-    path.write_bytes(b"")
-    assert "damaged or of another kind" in mistake(lambda _: model.load_checkpoint(str(path)))
+
+    def says(content=None):
+        if content is not None:
+            content = path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        sentence = mistake(lambda _: model.load_checkpoint(str(path)))
+        assert str(path) in sentence
+        return sentence
+
+    says()  # there is none
+    says({"weights": 1})
+    says([1, 2])
+    whole = path.read_bytes()
+    says(whole[:100])
+    says(b"")
+    torch.save(stored(random_denoiser().float()), path)
+    model.load_checkpoint(str(path))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # a single bit of a weight
+    says(bytes(content))
+
+
+def test_a_model_of_another_kind_of_noise_is_refused_in_a_sentence(tmp_path):
+    torch.save(stored(random_denoiser().float(), noise="flow"), tmp_path / "x.pt")
+    sentence = mistake(lambda _: model.load_checkpoint(str(tmp_path / "x.pt")))
+    assert "flow" in sentence and model.NOISE in sentence
+
+
+@pytest.mark.parametrize("place", ["open", "save"])
+def test_a_full_disk_leaves_both_checkpoints_whole(tmp_path, monkeypatch, place):
+    path, content = str(tmp_path / "ft.pt"), stored(random_denoiser().float())
+    for step in (1, 2):
+        model.save_checkpoint(path, content | {"step": step})
+
+    def full(*args, **kwargs):
+        if place == "save":
+            args[1].write(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model if place == "open" else torch, place, full, raising=place == "save")
+    assert "No space left" in mistake(lambda _: model.save_checkpoint(path, content | {"step": 3}))
+    monkeypatch.undo()
+    assert model.load_checkpoint(path)["step"] == 2
+    assert model.load_checkpoint(str(tmp_path / "ft.prev.pt"))["step"] == 1
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["ft.prev.pt", "ft.pt"]

@@ -595,7 +595,7 @@ def test_sigterm_ends_with_143_and_without_output(tmp_path):
     command = [sys.executable, SCRIPT, "--out", tmp_path / "faces", "--size", "256"]
     run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 20
-    while not os.listdir(tmp_path) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("*.tmp/new/train.npy")) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert os.listdir(tmp_path) and not (tmp_path / "faces").exists()
     run.send_signal(signal.SIGTERM)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -14,35 +15,70 @@ import torch
 from conftest import ROOT, TINY, make_dataset, mistake, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import prepare_data
+import model
 import sample
 import train
 from model import Denoiser, ModelConfig, load_checkpoint, patchify, reconstruction_loss
+from prepare_data import Images
+
+CPU = torch.device("cpu")
 
 
-def config_for(**changes):
-    settings = dict(batch_size=12, steps=10, lr=1e-3, hflip=True, **changes)
-    return train.Config(**settings), ModelConfig(image_size=16, dim=32, depth=2, heads=2)
+@pytest.fixture(autouse=True)
+def handlers():
+    """A run leaves its signal handlers behind; pytest's own come back."""
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
+def settings(*flags):
+    return train.parse(["--device=cpu", "--batch_size=12", "--steps=10", *flags])[0]
+
+
+def stream_of(folder, *flags, rank=0, world=1, **network):
+    config = ModelConfig(**dict(image_size=16, dim=32, depth=2, heads=2) | network)
+    return train.Stream(Images(str(folder), "train", 4), None, settings("--hflip", *flags), config,
+                        CPU, rank, world)
+
+
+def records(out_dir):
+    return [json.loads(line) for line in open(out_dir / "log.jsonl")]
 
 
 def losses(out_dir, name="ft"):
-    lines = [json.loads(line) for line in open(out_dir / "log.jsonl")]
-    return {r["step"]: r["loss"] for r in lines if r["run"] == name and "images_per_s" in r}
+    return {r["step"]: r["loss"] for r in records(out_dir) if r["run"] == name and "images_per_s" in r}
 
 
-def same_weights(a, b, keys=("model", "ema")):
+def same(a, b):
+    """Whether two structures hold the same tensors and values."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def same_runs(a, b, keys=("model", "ema", "optimizer")):
     a, b = load_checkpoint(str(a)), load_checkpoint(str(b))
-    return all(torch.equal(a[k][n], b[k][n]) for k in keys for n in a[k])
+    return all(same(a[k], b[k]) for k in keys)
+
+
+def finite(checkpoint):
+    return all(t.isfinite().all() for k in ("model", "ema") for t in checkpoint[k].values())
 
 
 # -- the data stream ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flipped", [False, True])
-def test_gathered_patches_are_those_of_the_mirrored_image(flipped):
-    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+def test_patches_that_are_read_are_those_of_the_mirrored_image(dataset, flipped):
+    images = np.load(dataset / "train.npy")
     index, visible = np.array([3, 0, 3]), np.array([[0, 5, 15], [1, 2, 3], [4, 8, 12]])
-    got = prepare_data.gather([images], index, visible, 4, np.full(3, flipped))
+    got = Images(str(dataset), "train", 4).read(index, visible, np.full(3, flipped))
     for b in range(3):
         image = images[index[b]][:, ::-1] if flipped else images[index[b]]
         for k in range(3):
@@ -52,50 +88,40 @@ def test_gathered_patches_are_those_of_the_mirrored_image(flipped):
 
 
 def test_an_epoch_shows_every_image_once_in_an_order_of_its_own(dataset):
-    images = np.load(dataset / "train.npy", mmap_mode="r")
-    cfg, config = config_for()
-    stream = train.Stream(images, None, cfg, config)
+    stream = stream_of(dataset)
     first = [i for step in (0, 1) for i in stream.load(step)["index"]]
     second = [i for step in (2, 3) for i in stream.load(step)["index"]]
     assert sorted(first) == sorted(second) == list(range(24)) and first != second
 
 
 def test_a_step_of_the_stream_does_not_depend_on_the_steps_before(dataset):
-    images = np.load(dataset / "train.npy", mmap_mode="r")
-    cfg, config = config_for(mask_ratio=0.5, mask_type="patch")
-    walked = train.Stream(images, None, cfg, config)
+    walked = stream_of(dataset, "--mask_ratio=0.5", "--mask_type=patch")
     for step in range(6):
         batch = walked.load(step)
-    direct = train.Stream(images, None, cfg, config).load(5)
+    direct = stream_of(dataset, "--mask_ratio=0.5", "--mask_type=patch").load(5)
     for key in ("clean", "noise", "visible", "sigma"):
         assert torch.equal(batch[key], direct[key])
 
 
 def test_processes_share_one_global_batch(dataset):
-    images = np.load(dataset / "train.npy", mmap_mode="r")
-    cfg, config = config_for(mask_ratio=0.5, mask_type="patch")
-    whole = train.Stream(images, None, cfg, config)
-    whole = whole.load(3)
-    parts = [train.Stream(images, None, cfg, config, torch.device("cpu"), r, 3).load(3) for r in range(3)]
+    masked = "--mask_ratio=0.5", "--mask_type=patch"
+    whole = stream_of(dataset, *masked).load(3)
+    parts = [stream_of(dataset, *masked, rank=rank, world=3).load(3) for rank in range(3)]
     for key in ("clean", "noise", "sigma", "visible"):
-        for rank, part in enumerate(parts):  # every third image, so that all have their part of each kind
+        for rank, part in enumerate(parts):  # every third image: all have their part of each kind
             assert torch.equal(part[key], whole[key][rank::3]), key
 
 
 def test_the_stream_gives_the_visible_patches_scaled_to_one(dataset):
-    images = np.load(dataset / "train.npy", mmap_mode="r")
-    cfg, config = config_for(mask_ratio=0.5, mask_type="patch")
-    cfg.hflip = False
-    batch = train.Stream(images, None, cfg, config).load(0)
-    whole = patchify(torch.from_numpy(images[batch["index"]]), 4).float() / 255 * 2 - 1
+    batch = stream_of(dataset, "--mask_ratio=0.5", "--mask_type=patch", "--no-hflip").load(0)
+    images = np.load(dataset / "train.npy")[batch["index"]]
+    whole = patchify(torch.from_numpy(images), 4).float() / 255 * 2 - 1
     expected = torch.stack([whole[b][batch["visible"][b]] for b in range(12)])
     assert torch.allclose(batch["clean"], expected, atol=1e-6)
 
 
 def test_stage_1_makes_no_full_size_image(dataset, monkeypatch):
-    images = np.load(dataset / "train.npy", mmap_mode="r")
-    cfg, config = config_for(mask_ratio=0.75, mask_type="patch")
-    sizes, gathered = [], []
+    sizes, read = [], []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -104,92 +130,159 @@ def test_stage_1_makes_no_full_size_image(dataset, monkeypatch):
                 sizes.append(out.numel())
             return out
 
-    original = train.gather
-    monkeypatch.setattr(train, "gather", lambda *a: gathered.append(original(*a)) or gathered[-1])
+    original = Images.read
+    monkeypatch.setattr(Images, "read", lambda *a: read.append(original(*a)) or read[-1])
     with Watch():
-        train.Stream(images, None, cfg, config).load(0)
+        stream_of(dataset, "--mask_ratio=0.75", "--mask_type=patch").load(0)
     visible_values = 12 * 4 * 48  # images x visible patches x values of a patch, a quarter of all
-    assert max(sizes) == gathered[0].size == visible_values and gathered[0].dtype == np.uint8
+    assert max(sizes) == read[0].size == visible_values and read[0].dtype == np.uint8
 
 
 def test_the_mask_ratio_follows_its_schedule_in_six_stairs():
-    def ratios(**settings):
-        return train.mask_ratios(train.Config(**settings))
+    def ratios(*flags):
+        return train.mask_ratios(settings("--mask_type=patch", *flags))
 
-    assert ratios(mask_ratio=0.7) == [0.7]
+    assert ratios("--mask_ratio=0.7") == [0.7]
     x = np.arange(6) / 5
     kinds = dict(linear=1 - x, cosine=np.cos(np.pi * x / 2), cosine2=np.cos(np.pi * x / 2) ** 2,
                  cosine4=np.cos(np.pi * x / 2) ** 4)
     for name, shape in kinds.items():
-        got = ratios(mask_ratio=0.5, mask_ratio_end=0.0, mask_schedule=name, mask_type="patch")
+        got = ratios("--mask_ratio=0.5", "--mask_ratio_end=0", f"--mask_schedule={name}")
         assert np.allclose(got, 0.5 * shape, atol=1e-12)
-    up = ratios(mask_ratio=0.25, mask_ratio_end=0.75, mask_schedule="linear", mask_type="patch")
+    up = ratios("--mask_ratio=0.25", "--mask_ratio_end=0.75", "--mask_schedule=linear")
     assert np.allclose(up, 0.25 + 0.1 * np.arange(6))
 
 
 def test_the_stream_shows_the_scheduled_number_of_patches(dataset):
-    images = np.load(dataset / "train.npy", mmap_mode="r")
-    cfg, config = config_for(mask_ratio=0.5, mask_ratio_end=0.0, mask_schedule="linear", mask_type="patch")
-    cfg.steps = 12
-    stream = train.Stream(images, None, cfg, config)
+    stream = stream_of(dataset, "--mask_ratio=0.5", "--mask_ratio_end=0", "--mask_schedule=linear",
+                       "--mask_type=patch", "--steps=12")
     batches = [stream.load(step) for step in range(14)]
     hidden = [16 - b["clean"].shape[1] for b in batches]
     assert hidden == [8, 8, 6, 6, 4, 4, 3, 3, 1, 1, 0, 0, 0, 0]
     assert batches[-1]["visible"] is None
 
 
-def test_a_decoder_gets_all_patches_and_the_visible_ones_marked(dataset):
-    images = np.load(dataset / "train.npy", mmap_mode="r")
-    cfg, config = config_for(mask_ratio=0.5, mask_type="patch")
-    config.decoder_depth = 1
-    batch = train.Stream(images, None, cfg, config).load(0)
+@pytest.mark.parametrize("network", [dict(decoder_depth=1), dict(route=(0, 1))], ids=str)
+def test_decoder_and_route_get_all_patches_and_the_visible_ones_marked(dataset, network):
+    batch = stream_of(dataset, "--mask_ratio=0.5", "--mask_type=patch", **network).load(0)
     assert batch["clean"].shape == batch["noise"].shape == (12, 16, 48)
     assert batch["visible"].shape == (12, 8)
 
 
 def test_noise_levels_are_log_normal_and_labels_are_dropped_at_their_rate(labelled):
-    images, labels = (np.load(labelled / f"train{x}.npy") for x in ("", "_labels"))
-    cfg, _ = config_for()
-    cfg.batch_size = 20_000
-    config = ModelConfig(image_size=16, dim=32, depth=2, heads=2, num_classes=3)
-    batch = train.Stream(images, labels, cfg, config).load(0)
+    batch = stream_of(labelled, "--batch_size=20000", num_classes=3).load(0)
     ln_sigma = batch["sigma"].log()
     assert abs(ln_sigma.mean() + 1.2) < 0.05 and abs(ln_sigma.std() - 1.2) < 0.05
-    dropped = batch["labels"] == 3
+    dropped = batch["labels"] == -1
     assert abs(dropped.float().mean() - 0.1) < 0.01
-    kept = ~dropped.numpy()
+    kept, labels = ~dropped.numpy(), np.load(labelled / "train_labels.npy")
     assert np.array_equal(batch["labels"].numpy()[kept], labels[batch["index"]][kept])
 
 
+def test_latents_are_normalised_in_training_and_come_out_of_sampling_as_they_were(tmp_path):
+    data = make_dataset(tmp_path / "latents", size=16, channels=4, dtype=np.float32)
+    images = np.load(data / "train.npy") * [0.1, 1, 10, 100] + [5, 0, -3, 1000]
+    np.save(data / "train.npy", images.astype(np.float32))
+    latent = tuple(tuple(f(images, axis=(0, 1, 2)).tolist()) for f in (np.mean, np.std))
+    meta = json.loads((data / "meta.json").read_text())
+    (data / "meta.json").write_text(json.dumps(meta | dict(latent=latent)))
+
+    network = dict(channels=4, latent=latent)
+    batch = stream_of(data, "--batch_size=24", "--no-hflip", **network).load(0)  # one epoch
+    channels = batch["clean"].reshape(-1, 4)
+    assert torch.allclose(channels.mean(dim=0), torch.zeros(4), atol=1e-3)
+    assert torch.allclose(channels.std(dim=0), torch.full((4,), 0.5), atol=1e-3)
+
+    class Perfect(Denoiser):  # knows the image: so any sampler ends at it
+        def forward(self, x, sigma, visible=None, labels=None):
+            return batch["clean"][:2].to(x)
+
+    perfect = Perfect(ModelConfig(image_size=16, dim=32, depth=2, heads=2, **network))
+    (_, drawn), = sample.generate(perfect, range(2), steps=3)
+    assert np.allclose(drawn, images[batch["index"][:2]], rtol=1e-3, atol=1e-3)
+
+
 def test_validation_depends_on_the_data_alone(dataset):
-    images = np.load(dataset / "val.npy")
     config = ModelConfig(image_size=16, dim=32, depth=2, heads=2)
-    a, b = (train.validation_set(images, None, config) for _ in range(2))
+    a, b = (train.validation_set([Images(str(dataset), "val", 4)], config, -1.2, 1.2) for _ in range(2))
     assert all(torch.equal(a[k], b[k]) for k in ("clean", "noise", "sigma"))
     ln_sigma = a["sigma"].log().sort().values  # the quantiles of N(-1.2, 1.2^2)
     quantiles = torch.distributions.Normal(-1.2, 1.2).icdf((torch.arange(8) + 0.5) / 8)
     assert torch.allclose(ln_sigma, quantiles, atol=1e-4)
 
 
-def test_ema_starts_fast_and_reaches_its_decay():
-    model, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    expected = ema.weight.item()
-    for step in range(200):
-        torch.nn.init.constant_(model.weight, step)
-        train.update_ema(ema, model, 0.9, step)
-        d = min(0.9, (1 + step) / (10 + step))
-        expected = d * expected + (1 - d) * step
-    assert math.isclose(ema.weight.item(), expected, rel_tol=1e-4)
-
-
-def test_learning_rate_warms_up_and_follows_the_cosine():
-    cfg = train.Config(lr=1.0, warmup=9, steps=109, lr_schedule="cosine")
-    assert train.learning_rate(cfg, 0) == pytest.approx(0.1)
-    assert train.learning_rate(cfg, 9) == pytest.approx(1.0)
-    assert train.learning_rate(cfg, 59) == pytest.approx(0.01 + 0.99 * 0.5)
-    assert train.learning_rate(cfg, 109) == pytest.approx(0.01)
+def test_learning_rate_warms_up_and_follows_its_schedule():
+    cfg = settings("--warmup=9", "--steps=109", "--lr_schedule=cosine")
+    for step, share in ((0, 0.1), (9, 1.0), (59, 0.01 + 0.99 * 0.5), (109, 0.01)):
+        assert train.learning_rate(cfg, step, 3.0) == pytest.approx(3 * share)
     cfg.lr_schedule = "constant"
-    assert train.learning_rate(cfg, 80) == 1.0
+    assert train.learning_rate(cfg, 80, 1.0) == 1.0
+    cfg.lr_schedule = "rsqrt"
+    assert train.learning_rate(cfg, 8000, 1.0) == pytest.approx(0.5)
+
+
+# -- settings -------------------------------------------------------------------------------------
+
+
+def place(path, when, config=(), **architecture):
+    """A checkpoint without weights, last written at `when`."""
+    torch.save(dict(model={}, ema={}, optimizer=[], step=1, noise=model.NOISE, config=dict(config),
+                    architecture=asdict(ModelConfig(**architecture)), class_names=None), path)
+    os.utime(path, (when, when))
+    return path
+
+
+def test_what_is_typed_wins_then_the_checkpoint_the_preset_the_table_and_the_default(tmp_path, monkeypatch):
+    monkeypatch.setitem(train.DEFAULTS, ("ft", False), dict(seed=5, dim=20))
+    monkeypatch.setitem(train.DEFAULTS, ("cm", False), dict(p_mean=3.0, seed=6))
+    monkeypatch.setitem(train.CONSISTENCY, "cifar10", dict(p_mean=4.0))
+    (tmp_path / "run").mkdir()
+    first = place(tmp_path / "first.pt", 1, config=dict(seed=7, dim=99), dim=48)
+    place(tmp_path / "run/ft.pt", 1, config=dict(seed=8, dim=56), dim=56)
+
+    def chosen(*flags):
+        cfg = train.parse(["--device=cpu", *flags])[0]
+        return cfg.seed, cfg.dim
+
+    assert chosen("--mask_ratio=0.5") == (0, 128)  # the defaults: this stage's table names neither
+    assert chosen() == (5, 128)  # the table wins, but the demo's preset has a word on dim
+    assert chosen("--preset=dit-s") == (5, 384)
+    start = f"--init_from={first}"  # only the architecture of a checkpoint that is tuned counts
+    assert chosen("--preset=dit-s", start) == (5, 48)
+    assert chosen("--preset=dit-s", start, "--dim=64", "--seed=9") == (9, 64)
+    resume = f"--out_dir={tmp_path}/run", "--resume"  # all settings of one that goes on do
+    assert chosen("--preset=dit-s", *resume) == (8, 56)
+    assert chosen("--preset=dit-s", *resume, "--dim=64", "--seed=9") == (9, 64)
+    tuned = train.parse(["--device=cpu", "--loss=consistency", start])[0]
+    assert (tuned.p_mean, tuned.seed) == (4.0, 6)  # the preset of consistency wins over the table
+
+
+def test_resume_takes_the_newest_readable_checkpoint_of_the_run_that_is_described(tmp_path):
+    out = f"--out_dir={tmp_path}", "--device=cpu"
+    for when, name in enumerate(("pt.prev", "pt", "cm", "ft.prev", "ft"), 1):
+        place(tmp_path / f"{name}.pt", when)
+    place(tmp_path / "ft-0000900.pt", 9)  # a kept one is not what a run goes on with
+    place(tmp_path / "ft.old.pt", 9)
+
+    def found(*flags):
+        source = train.parse([*out, "--resume", *flags])[1]
+        return source and os.path.basename(source)
+
+    start = f"--init_from={tmp_path}/pt.pt"
+    assert found() == found(start) == "ft.pt"
+    assert found("--mask_ratio=0.5") == "pt.pt"
+    assert found(start, "--loss=consistency") == found("--loss=consistency") == "cm.pt"
+    assert found("auto", "--mask_ratio=0.5") == "pt.pt" and found("auto", start) == "ft.pt"
+    os.utime(tmp_path / "pt.pt", (20, 20))
+    assert found() == "pt.pt" and found(start) == "ft.pt"
+    (tmp_path / "ft.pt").write_bytes((tmp_path / "ft.pt").read_bytes()[:-100])
+    assert found("auto", start) == "ft.prev.pt"
+    (tmp_path / "ft.prev.pt").write_bytes(b"")
+    for how in ([], ["auto"]):  # a run whose checkpoints are all damaged is not begun anew by itself
+        assert "ft" in mistake(train.main, *out, "--resume", *how, start)
+    (tmp_path / "empty").mkdir()
+    empty = f"--out_dir={tmp_path}/empty"
+    assert found("auto", empty) is None and "empty" in mistake(train.main, *out, "--resume", empty)
 
 
 # -- runs -----------------------------------------------------------------------------------------
@@ -198,264 +291,417 @@ def test_learning_rate_warms_up_and_follows_the_cosine():
 def test_both_stages_and_samples(dataset, tmp_path):
     common = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12", "--log_every=1"]
     train.main(common + TINY + ["--mask_ratio=0.75", "--mask_type=patch", "--steps=6"])
-    train.main(common + ["--device=cpu", f"--init_from={tmp_path}/pt.pt", "--steps=6", "--eval_every=3",
-                         "--sample_every=6", "--lr=1e-3"])
+    train.main(common + [*TINY[4:], f"--init_from={tmp_path}/pt.pt", "--steps=6", "--eval_every=3",
+                         "--sample_every=6"])
     pt, ft = (load_checkpoint(str(tmp_path / f"{n}.pt")) for n in ("pt", "ft"))
     assert pt["architecture"] == ft["architecture"] and pt["step"] == ft["step"] == 6
     assert not any("module." in k or "_orig_mod" in k for k in ft["model"])
     assert (tmp_path / "ft_0000006.png").stat().st_size > 0
-    lines = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
-    assert [r["step"] for r in lines if r["run"] == "ft" and "val_loss" in r] == [3, 6]
+    validation = {r["step"]: r["val_loss"] for r in records(tmp_path) if r["run"] == "ft" and "val_loss" in r}
+    assert list(validation) == [3, 6]
+    # It is the mean of EDM's loss of the averaged weights on whole images, with their noise.
+    denoiser, _ = sample.load_denoiser(str(tmp_path / "ft.pt"))
+    v = train.validation_set([Images(str(dataset), "val", 4)], denoiser.config, -1.2, 1.2)
+    clean, sigma = v["clean"] / 127.5 - 1, v["sigma"].view(-1, 1, 1)
+    error = (denoiser(clean + sigma * v["noise"], v["sigma"]) - clean) ** 2
+    loss = ((sigma**2 + 0.25) / (0.5 * sigma) ** 2 * error).mean().item()
+    assert validation[6] == pytest.approx(loss, rel=1e-5)
 
 
 def test_stage_2_starts_from_the_ema_of_stage_1(dataset, tmp_path):
     common = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12"]
     train.main(common + TINY + ["--mask_ratio=0.5", "--steps=4", "--block_size=1"])
+    pt = load_checkpoint(str(tmp_path / "pt.pt"))
+    assert not same(pt["ema"], pt["model"])
     for weights, key in (("ema", "ema"), ("raw", "model")):
-        train.main(common + ["--device=cpu", f"--init_from={tmp_path}/pt.pt", "--steps=0",
-                             f"--init_weights={weights}"])
-        pt, ft = (load_checkpoint(str(tmp_path / f"{n}.pt")) for n in ("pt", "ft"))
-        assert all(torch.equal(ft["model"][n], pt[key][n]) for n in pt[key])
+        train.main(common + TINY[4:] + [f"--init_from={tmp_path}/pt.pt", "--steps=1", "--lr=0",
+                                        f"--init_weights={weights}"])
+        ft = load_checkpoint(str(tmp_path / "ft.pt"))
+        assert same(ft["model"], pt[key]) and same(ft["ema"], pt[key])
 
 
-def test_training_learns(dataset, tmp_path):
+def test_training_learns_and_the_average_follows_the_weights(dataset, tmp_path):
     train.main([f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=24", "--steps=150",
-                "--log_every=1"] + TINY + ["--lr=5e-3"])
+                "--log_every=1", "--ema=0.3"] + TINY + ["--lr=5e-3", "--keep_every=1"])
     curve = losses(tmp_path)
     first, last = (np.mean([curve[s] for s in r]) for r in (range(1, 11), range(141, 151)))
     assert last < 0.5 * first
+    for step in range(1, 6):  # the decay warms up: 1/10, 2/11, ..., until it reaches 0.3
+        a, b = (load_checkpoint(str(tmp_path / f"ft-{n:07d}.pt")) for n in (step, step + 1))
+        d = min(0.3, (1 + step) / (10 + step))
+        for n, ema in b["ema"].items():
+            assert torch.allclose(ema, d * a["ema"][n] + (1 - d) * b["model"][n], atol=1e-6), n
 
 
 def test_stage_1_with_everything_visible_is_stage_2(dataset, tmp_path, monkeypatch):
-    common = [f"--data={dataset}", "--batch_size=12", "--steps=5"] + TINY
+    common = [f"--data={dataset}", "--batch_size=12", "--steps=5", "--micro_batch=12"] + TINY
     train.main(common + [f"--out_dir={tmp_path}/whole"])
+
     def everything(batch, grid, *rest, **named):
         return torch.arange(grid**2).expand(batch, -1)
 
     monkeypatch.setattr(train, "sample_visible", everything)
-    monkeypatch.setattr(train, "count_visible", lambda grid, *rest, **named: grid**2)
     train.main(common + [f"--out_dir={tmp_path}/shown", "--mask_ratio=0.5", "--lr_schedule=cosine"])
-    assert same_weights(tmp_path / "whole/ft.pt", tmp_path / "shown/pt.pt")
+    assert same_runs(tmp_path / "whole/ft.pt", tmp_path / "shown/pt.pt")
 
 
-@pytest.mark.parametrize("extra", [[], ["--mask_ratio=0.5", "--mask_type=patch", "--class_cond", "--hflip"]])
+@pytest.mark.parametrize("extra", [[], ["--mask_ratio=0.5", "--mask_type=patch", "--class_cond", "--hflip"],
+                                   ["--mask_ratio=0.5", "--mask_type=patch", "--route=0,1", "--optimizer=radam"]])
 def test_resuming_is_bit_identical_to_never_stopping(labelled, tmp_path, extra):
     name = "pt.pt" if extra else "ft.pt"
     common = [f"--data={labelled}", "--batch_size=10", "--lr_schedule=constant"] + TINY + extra
     train.main(common + [f"--out_dir={tmp_path}/whole", "--steps=9"])
     train.main(common + [f"--out_dir={tmp_path}/parts", "--steps=4"])
     train.main([f"--out_dir={tmp_path}/parts", "--resume", "--steps=9"])
-    assert same_weights(tmp_path / "whole" / name, tmp_path / "parts" / name)
-    a, b = (load_checkpoint(str(tmp_path / d / name))["optimizer"] for d in ("whole", "parts"))
-    assert all(torch.equal(a["state"][i][k], b["state"][i][k]) for i in a["state"] for k in a["state"][i])
+    assert same_runs(tmp_path / "whole" / name, tmp_path / "parts" / name)
 
 
-def test_sigterm_saves_and_the_resumed_run_is_the_undisturbed_one(dataset, tmp_path):
-    args = [f"--data={dataset}", "--batch_size=12", "--steps=400", "--lr_schedule=constant"] + TINY
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        out = tmp_path / str(code)
-        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args, f"--out_dir={out}"],
-                                   stderr=subprocess.PIPE, text=True)
-        while not (out / "log.jsonl").exists() or not losses(out):
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.05)
-        process.send_signal(number)
-        assert process.wait(240) == code
-        assert 0 < load_checkpoint(str(out / "ft.pt"))["step"] < 400
-        train.main([f"--out_dir={out}", "--resume"])
-    assert same_weights(tmp_path / "143/ft.pt", tmp_path / "130/ft.pt")
+def test_two_optimizers_of_different_kinds_resume_exactly(dataset, tmp_path, monkeypatch):
+    def configure(denoiser, cfg):  # matrices and the rest, each at a rate of its own
+        parts = [[p for p in denoiser.parameters() if (p.dim() == 2) == matrix] for matrix in (True, False)]
+        groups = [[dict(params=part, initial_lr=lr)] for part, lr in zip(parts, (cfg.lr, 0.1 * cfg.lr))]
+        return [torch.optim.AdamW(groups[0], lr=cfg.lr), torch.optim.SGD(groups[1], lr=cfg.lr, momentum=0.9)]
+
+    monkeypatch.setattr(train, "configure_optimizers", configure)
+    common = [f"--data={dataset}", "--batch_size=12", "--lr_schedule=cosine", "--warmup=2"] + TINY
+    train.main(common + [f"--out_dir={tmp_path}/whole", "--steps=6"])
+    train.main(common + [f"--out_dir={tmp_path}/parts", "--steps=6", "--keep_every=3"])
+    (tmp_path / "parts/ft-0000003.pt").replace(tmp_path / "parts/ft.pt")
+    train.main([f"--out_dir={tmp_path}/parts", "--resume"])
+    assert same_runs(tmp_path / "whole/ft.pt", tmp_path / "parts/ft.pt")
+    states = load_checkpoint(str(tmp_path / "whole/ft.pt"))["optimizer"]
+    assert ["exp_avg" in s["state"][0] for s in states] == [True, False]
+    rates = [s["param_groups"][0]["lr"] for s in states]  # both follow the schedule of --lr
+    assert rates[1] == pytest.approx(0.1 * rates[0])
 
 
-def test_a_second_signal_ends_a_long_step_at_once(dataset, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), f"--data={dataset}", f"--out_dir={tmp_path}", *TINY,
-         "--batch_size=100000", "--micro_batch=10"], stderr=subprocess.DEVNULL)  # a step of minutes
-    while not (tmp_path / "log.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(3.5)
-    assert process.poll() is None  # it waits for the end of the step
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(5) == 143
+class InMemory:
+    """Stands in for prepare_data.Images: no folder, no arrays on disk, read by patchify."""
+
+    def __init__(self, sets, split="train", patch_size=1, class_names=()):
+        self.pixels, self.labels = SETS[sets, split]
+        self.patch_size, names = patch_size, [*class_names, "class 0", "class 1", "class 2"]
+        self.meta = dict(size=16, channels=3, dtype="uint8", class_names=[*dict.fromkeys(names)], latent=None,
+                         hash="none")
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def read(self, index, visible, flip):
+        images = torch.from_numpy(self.pixels[index])
+        images[flip] = images[flip].flip(2)
+        patches = patchify(images, self.patch_size)
+        if visible is not None:
+            patches = torch.stack([patches[i][visible[i]] for i in range(len(index))])
+        return patches.numpy()
 
 
-def test_resume_finds_its_run_or_says_that_there_is_none(dataset, tmp_path, capsys):
-    args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12", "--steps=2"] + TINY
-    assert "found no" in mistake(train.main, *args, "--resume")
-    train.main(args + ["--resume", "auto"])
-    train.main(args + ["--resume", "auto"])
-    assert "resumed from step 2" in capsys.readouterr().err
-    ckpt = tmp_path / "ft.pt"
-    (tmp_path / "ft.prev.pt").write_bytes(ckpt.read_bytes())
-    ckpt.write_bytes(ckpt.read_bytes()[:1000])
-    train.main([f"--out_dir={tmp_path}", "--resume", "--steps=3"])
-    assert "falling back" in capsys.readouterr().err
-    assert load_checkpoint(str(ckpt))["step"] == 3
+SETS = {}
 
 
-def test_a_fresh_run_keeps_the_checkpoint_whose_name_it_takes(dataset, tmp_path):
+def test_any_class_with_len_labels_meta_and_read_can_be_trained_on(labelled, tmp_path, monkeypatch):
+    args = ["--batch_size=12", "--steps=4", "--class_cond", "--hflip", "--mask_ratio=0.5", "--mask_type=patch",
+            *TINY]
+    train.main(args + [f"--data={labelled}", f"--out_dir={tmp_path}/folder"])
+    for split in ("train", "val"):
+        SETS["memory", split] = [np.load(labelled / f"{split}{end}.npy") for end in ("", "_labels")]
+    monkeypatch.setattr(train, "Images", InMemory)
+    train.main(args + ["--data=memory", f"--out_dir={tmp_path}/memory"])
+    assert same_runs(tmp_path / "folder/pt.pt", tmp_path / "memory/pt.pt")
+
+
+def interrupt(monkeypatch, step, number):
+    """A signal comes in the middle of a step."""
+    original, sent = train.learning_rate, []
+
+    def interrupted(cfg, at, lr):
+        if at == step and not sent:
+            sent.append(signal.raise_signal(number))
+        return original(cfg, at, lr)
+
+    monkeypatch.setattr(train, "learning_rate", interrupted)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_resumed_run_is_the_undisturbed_one(dataset, tmp_path, monkeypatch, number, code):
+    args = [f"--data={dataset}", "--batch_size=12", "--steps=7", "--lr_schedule=constant"] + TINY
+    train.main(args + [f"--out_dir={tmp_path}/whole"])
+    interrupt(monkeypatch, 3, number)
+    with pytest.raises(SystemExit) as e:
+        train.main(args + [f"--out_dir={tmp_path}/parts"])
+    assert e.value.code == code and load_checkpoint(str(tmp_path / "parts/ft.pt"))["step"] == 4
+    train.main([f"--out_dir={tmp_path}/parts", "--resume"])
+    assert same_runs(tmp_path / "whole/ft.pt", tmp_path / "parts/ft.pt")
+
+
+def test_a_damaged_checkpoint_is_kept_and_the_one_before_goes_on(dataset, tmp_path, capsys):
+    args = [f"--data={dataset}", "--batch_size=12", "--steps=6", "--save_every=2"] + TINY
+    train.main(args + [f"--out_dir={tmp_path}/whole"])
+    train.main(args + [f"--out_dir={tmp_path}/parts"])
+    ckpt = tmp_path / "parts/ft.pt"
+    damaged = bytearray(ckpt.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    ckpt.write_bytes(damaged)
+    capsys.readouterr()
+    train.main([f"--out_dir={tmp_path}/parts", "--resume"])
+    assert "resumed from step 4" in capsys.readouterr().err
+    assert same_runs(tmp_path / "whole/ft.pt", ckpt)
+    assert (tmp_path / "parts/ft.old.pt").read_bytes() == damaged
+
+
+def test_a_scheduler_may_give_the_commands_of_both_stages_again_and_again(dataset, tmp_path, capsys):
+    common = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12", "--resume=auto"]
+    one = common + TINY + ["--mask_ratio=0.5", "--mask_type=patch", "--steps=3"]
+    two = common + TINY[4:] + [f"--init_from={tmp_path}/pt.pt", "--steps=4", "--save_every=2"]
+
+    def step_resumed(args):
+        capsys.readouterr()
+        train.main(args)
+        said = capsys.readouterr().err
+        return int(said.split("resumed from step ")[1].split()[0]) if "resumed" in said else None
+
+    assert step_resumed(one) is None and step_resumed(one) == 3
+    first = (tmp_path / "pt.pt").read_bytes()
+    assert step_resumed(two) is None  # although there is a checkpoint of the other stage
+    whole = load_checkpoint(str(tmp_path / "ft.pt"))
+    (tmp_path / "ft.prev.pt").replace(tmp_path / "ft.pt")  # as if it had been killed after step 2
+    assert step_resumed(one) == 3 and step_resumed(two) == 2
+    assert same(whole["model"], load_checkpoint(str(tmp_path / "ft.pt"))["model"])
+    assert (tmp_path / "pt.pt").read_bytes() == first and not list(tmp_path.glob("*.old.pt"))
+
+
+def test_a_fresh_run_keeps_the_checkpoints_whose_names_it_takes(dataset, tmp_path):
     args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12"] + TINY
-    train.main(args + ["--steps=1"])
-    train.main(args + ["--steps=2"])
-    assert load_checkpoint(str(tmp_path / "ft.old.pt"))["step"] == 1
+    train.main(args + ["--steps=2", "--save_every=1"])
+    train.main(args + ["--steps=3"])
+    found = {f.name: load_checkpoint(str(f))["step"] for f in tmp_path.glob("*.pt")}
+    assert found == {"ft.pt": 3, "ft.old.pt": 2, "ft.prev.old.pt": 1}  # none of it to be resumed
 
 
-def test_fine_tuning_at_another_resolution_and_with_other_classes(dataset, labelled, tmp_path, capsys):
-    big = make_dataset(tmp_path / "big", size=32, classes=2)
+def test_a_checkpoint_that_the_run_reads_is_not_written_over(dataset, tmp_path):
+    args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12", "--steps=1"]
+    train.main(args + TINY)
+    before = (tmp_path / "ft.pt").read_bytes()
+    for flag in ("init_from", "anchor", "distill_from"):
+        more = [] if flag == "init_from" else ["--l2=1", f"--replay={dataset}"]
+        said = mistake(train.main, *args, *TINY, *more, f"--{flag}={tmp_path}/../{tmp_path.name}/ft.pt")
+        assert "another --out_dir" in said
+    assert (tmp_path / "ft.pt").read_bytes() == before and not (tmp_path / "ft.old.pt").exists()
+
+
+def named(folder, names, **how):
+    """A prepared set whose classes have these names."""
+    make_dataset(folder, classes=len(names), **how)
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | dict(class_names=names)))
+    return folder
+
+
+def test_a_model_keeps_the_classes_it_knows_by_name(dataset, tmp_path, capsys):
     base = [f"--out_dir={tmp_path}", "--batch_size=12", "--steps=1"]
-    train.main(base + [f"--data={labelled}", "--class_cond"] + TINY)
+    train.main(base + TINY + [f"--data={named(tmp_path / 'ab', ['a', 'b'])}", "--class_cond"])
     (tmp_path / "ft.pt").rename(tmp_path / "first.pt")
-    train.main(base + [f"--data={big}", f"--init_from={tmp_path}/first.pt", "--device=cpu"])
-    assert "label embedding starts afresh" in capsys.readouterr().err
-    second = load_checkpoint(str(tmp_path / "ft.pt"))["architecture"]
-    assert (second["image_size"], second["num_classes"]) == (32, 2)
-    train.main(base + [f"--data={dataset}", f"--init_from={tmp_path}/first.pt", "--device=cpu"])
+    capsys.readouterr()
+    tune = [*base, *TINY[4:], f"--init_from={tmp_path}/first.pt", "--lr=0"]
+    train.main(tune + [f"--data={named(tmp_path / 'bc', ['b', 'c'], seed=1)}"])
+    assert "begins afresh: c\n" in capsys.readouterr().err
+    first, second = (load_checkpoint(str(tmp_path / f"{n}.pt")) for n in ("first", "ft"))
+    assert second["class_names"] == ["a", "b", "c"] and second["architecture"]["num_classes"] == 3
+    old, new = (c["model"]["net.labels.weight"] for c in (first | {"model": first["ema"]}, second))
+    assert torch.equal(new[[0, 1, 3]], old) and new[2].abs().sum() > 0  # a, b and "no class"
+    # The labels that the network is given are numbered likewise.
+    seen = []
+    class Watched(train.Stream):
+        def load(self, step):
+            batch = super().load(step)
+            seen.append((batch["index"], batch["labels"].numpy()))
+            return batch
+    original, train.Stream = train.Stream, Watched
+    try:
+        train.main(tune + [f"--data={tmp_path}/bc", "--label_dropout=0"])
+    finally:
+        train.Stream = original
+    for index, labels in seen:
+        assert np.array_equal(labels, np.load(tmp_path / "bc/train_labels.npy")[index] + 1)
+    # Without classes in the data, or without --class_cond, it goes on all the same.
+    train.main(tune + [f"--data={dataset}"])
+    assert load_checkpoint(str(tmp_path / "ft.pt"))["class_names"] == ["a", "b"]
+    train.main(tune + [f"--data={dataset}", "--no-class_cond"])
     assert load_checkpoint(str(tmp_path / "ft.pt"))["architecture"]["num_classes"] == 0
 
 
-@pytest.mark.parametrize("network", [["--decoder_depth=1", "--decoder_dim=16"],
-                                     ["--dense_depth=1", "--decoder_depth=1"]])
-def test_a_masked_run_with_a_decoder_learns_goes_on_and_is_sampled(labelled, tmp_path, network):
-    args = [f"--data={labelled}", f"--out_dir={tmp_path}", "--batch_size=12"] + TINY
-    train.main(args + ["--steps=150", "--lr=4e-3", "--mask_ratio=0.5", "--mask_type=patch", "--class_cond"] + network)
+def test_tuning_at_another_size_and_with_another_network_names_what_begins_afresh(dataset, tmp_path, capsys):
+    base = [f"--out_dir={tmp_path}", "--batch_size=12", "--steps=1", "--lr=0"]
+    train.main(base + TINY[:-2] + [f"--data={dataset}", "--lr=0"])
+    (tmp_path / "ft.pt").rename(tmp_path / "first.pt")
+    first = load_checkpoint(str(tmp_path / "first.pt"))["ema"]
+
+    def tune(*flags, data=dataset):
+        capsys.readouterr()
+        train.main(base + TINY[4:-2] + [f"--data={data}", f"--init_from={tmp_path}/first.pt", *flags])
+        said = capsys.readouterr().err.split("begins afresh: ")[1].splitlines()[0]
+        return said, load_checkpoint(str(tmp_path / "ft.pt"))
+
+    said, second = tune(data=make_dataset(tmp_path / "big", size=32))
+    assert said == "nothing" and second["architecture"]["image_size"] == 32 and same(second["model"], first)
+    said, second = tune(data=make_dataset(tmp_path / "grey", channels=1))
+    assert said == "embed.weight, head.bias, head.weight"
+    said, second = tune("--depth=3")
+    assert {name.split(".")[1] for name in said.split(", ")} == {"2"}  # the third block
+    assert all(torch.equal(second["model"][n], first[n]) for n in first)
+
+
+@pytest.mark.parametrize("network", [["--decoder_depth=1", "--decoder_dim=16"], ["--depth=3", "--route=1,2"]])
+def test_masked_runs_with_a_decoder_or_a_route_learn_go_on_and_are_sampled(labelled, tmp_path, network):
+    args = [f"--data={labelled}", f"--out_dir={tmp_path}", "--batch_size=12"]
+    train.main(args + TINY + ["--steps=150", "--lr=4e-3", "--mask_ratio=0.5", "--mask_type=patch", "--class_cond",
+                              *network])
     curve = list(losses(tmp_path, "pt").values())
     assert np.mean(curve[-3:]) < 0.85 * np.mean(curve[:2])
-    tune = [a for a in args if a.split("=")[0] not in ("--dim", "--depth", "--heads", "--patch_size")]
-    train.main(tune + ["--steps=3", f"--init_from={tmp_path}/pt.pt"])
-    stored = load_checkpoint(str(tmp_path / "ft.pt"))["architecture"]
-    assert stored["decoder_depth"] == 1 and stored["num_classes"] == 3
+    train.main(args + TINY[4:] + ["--steps=3", f"--init_from={tmp_path}/pt.pt"])
+    before, after = (load_checkpoint(str(tmp_path / f"{n}.pt"))["architecture"] for n in ("pt", "ft"))
+    assert before == after and after["num_classes"] == 3
     sample.main(["--ckpt", f"{tmp_path}/ft.pt", "--out", f"{tmp_path}/x.npz", "--steps=2", "--num=4",
                  "--cfg_scale=2", "--cfg_interval=0.1,10"])
     assert np.load(tmp_path / "x.npz")["arr_0"].shape == (4, 16, 16, 3)
 
 
-def test_a_decoder_can_be_dropped_or_added_at_init_from_but_not_at_resume(dataset, tmp_path, capsys):
+def test_a_decoder_can_be_dropped_or_added_when_tuning(dataset, tmp_path, capsys):
     args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12"] + TINY
-    train.main(args + ["--steps=2", "--mask_ratio=0.5", "--mask_type=patch", "--decoder_depth=1"])
-    assert "decoder_depth is 0" in mistake(
-        train.main, f"--out_dir={tmp_path}", "--resume", "--mask_ratio=0.5", "--decoder_depth=0")
+    masked = ["--mask_ratio=0.5", "--mask_type=patch"]
+    train.main(args + ["--steps=2", *masked, "--decoder_depth=1"])
     capsys.readouterr()
-    train.main(args + ["--steps=0", f"--init_from={tmp_path}/pt.pt", "--decoder_depth=0"])
-    assert "decoder_embed, mask_token" in capsys.readouterr().err
-    masked, plain = (load_checkpoint(str(tmp_path / f"{n}.pt")) for n in ("pt", "ft"))
-    assert "net.mask_token" not in plain["model"] and "net.mask_token" in masked["model"]
+    train.main(args + ["--steps=1", "--lr=0", f"--init_from={tmp_path}/pt.pt", "--decoder_depth=0"])
+    assert "begins afresh: nothing" in capsys.readouterr().err
+    wide, plain = (load_checkpoint(str(tmp_path / f"{n}.pt")) for n in ("pt", "ft"))
+    assert "net.mask_token" not in plain["model"] and "net.mask_token" in wide["model"]
     for name in plain["model"]:
-        assert torch.equal(plain["model"][name], masked["ema"][name]), name
-    train.main(args + ["--steps=0", f"--init_from={tmp_path}/ft.pt", "--decoder_depth=2", "--mask_ratio=0.5",
-                       "--mask_type=patch"])
+        assert torch.equal(plain["model"][name], wide["ema"][name]), name
+    train.main(args + ["--steps=1", "--lr=0", f"--init_from={tmp_path}/ft.pt", "--decoder_depth=2", *masked])
+    assert "decoder_embed.bias, decoder_embed.weight, mask_token" in capsys.readouterr().err
     added = load_checkpoint(str(tmp_path / "pt.pt"))
     assert added["architecture"]["decoder_depth"] == 2
     assert torch.equal(added["model"]["net.embed.weight"], plain["ema"]["net.embed.weight"])
 
 
 def test_the_reconstruction_loss_has_its_weight(dataset):
-    images = np.load(dataset / "train.npy", mmap_mode="r")
-    cfg, config = config_for(mask_ratio=0.5, mask_type="patch")
     config = ModelConfig(image_size=16, dim=32, depth=2, heads=2, decoder_depth=1)
     denoiser = Denoiser(config)
     torch.nn.init.normal_(denoiser.net.head.weight)
-    batch = train.Stream(images, None, cfg, config).load(0)
+    batch = stream_of(dataset, "--mask_ratio=0.5", "--mask_type=patch", decoder_depth=1).load(0)
     del batch["index"]
-    none, one, two = (train.objective(denoiser, config, **batch, mae_weight=w) for w in (0, 1, 2))
+    none, one, two = (model.diffusion_objective(denoiser, config, **batch, mae_weight=w) for w in (0, 1, 2))
     assert torch.allclose(two - none, 2 * (one - none), rtol=1e-4)
     noisy = batch["clean"] + batch["sigma"].view(-1, 1, 1) * batch["noise"]
     denoised = denoiser(noisy, batch["sigma"], batch["visible"])
     assert torch.allclose(one - none, reconstruction_loss(denoised, noisy, batch["visible"]), rtol=1e-4)
 
 
-def test_latents_train_unscaled(tmp_path):
-    data = make_dataset(tmp_path / "latents", size=8, channels=4, dtype=np.float32)
-    train.main([f"--data={data}", f"--out_dir={tmp_path}", "--batch_size=12", "--steps=2"] + TINY)
-    assert load_checkpoint(str(tmp_path / "ft.pt"))["architecture"]["channels"] == 4
+# -- steps that fail ------------------------------------------------------------------------------
 
 
-def test_steps_that_are_not_finite_are_skipped_and_many_stop_the_run(dataset, tmp_path):
+def test_steps_that_are_not_finite_are_skipped_and_logged_with_their_images(tmp_path):
     data = make_dataset(tmp_path / "poison", size=8, channels=4, dtype=np.float32)
     images = np.load(data / "train.npy")
     images[0] = np.nan
     np.save(data / "train.npy", images)
     args = [f"--data={data}", f"--out_dir={tmp_path}", "--batch_size=6"] + TINY
-    train.main(args + ["--steps=12"])  # one of four batches holds image 0
-    state = load_checkpoint(str(tmp_path / "ft.pt"))
-    assert all(t.isfinite().all() for k in ("model", "ema") for t in state[k].values())
-    skipped = [r for r in map(json.loads, open(tmp_path / "log.jsonl")) if r.get("event") == "skipped"]
-    assert len(skipped) == 3 and all(0 in r["index"] for r in skipped)
-    images[:] = np.nan
-    np.save(data / "train.npy", images)
+    order = [train.Stream(Images(str(data), "train", 4), None, settings("--batch_size=6"), ModelConfig(
+        image_size=8, channels=4, latent=json.loads((data / "meta.json").read_text())["latent"]), CPU).index(n)
+        for n in range(16)]
+    sick = [n for n in range(16) if 0 in order[n]]  # one of four batches holds image 0
+    last = next(n for n in range(12, 16) if n not in sick)
+    train.main(args + [f"--steps={last + 1}"])
+    assert finite(load_checkpoint(str(tmp_path / "ft.pt")))
+    skipped = [r for r in records(tmp_path) if r.get("event") == "skipped"]
+    assert [r["step"] for r in skipped] == [n for n in sick if n <= last]
+    assert all(0 in r["index"] for r in skipped)
+
+
+def test_a_run_whose_last_step_is_skipped_is_saved_all_the_same(dataset, tmp_path, monkeypatch):
+    honest = train.diffusion_objective
+    calls = []
+
+    def sick(*args, **kwargs):
+        calls.append(kwargs)
+        return honest(*args, **kwargs) * (math.nan if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(train, "diffusion_objective", sick)
+    train.main([f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12", "--steps=5", *TINY])
+    last = load_checkpoint(str(tmp_path / "ft.pt"))
+    assert last["step"] == 5 and finite(last)
+
+
+def test_nothing_is_saved_while_steps_are_skipped_and_ten_end_the_run(dataset, tmp_path, monkeypatch):
+    args = [f"--data={dataset}", "--batch_size=12", "--lr_schedule=constant", *TINY]
+    train.main(args + [f"--out_dir={tmp_path}/short", "--steps=4"])
+    honest, calls = train.diffusion_objective, []
+
+    def sick(*args, **kwargs):
+        calls.append(kwargs)
+        return honest(*args, **kwargs) * (math.nan if len(calls) > 4 else 1)
+
+    monkeypatch.setattr(train, "diffusion_objective", sick)
     with pytest.raises(SystemExit) as e:
-        train.main([f"--out_dir={tmp_path}", "--resume", "--steps=100"])
+        train.main(args + [f"--out_dir={tmp_path}/long", "--steps=100", "--save_every=1", "--keep_every=1"])
+    assert e.value.code == 3 and len(calls) == 14
+    assert load_checkpoint(str(tmp_path / "long/ft.pt"))["step"] == 4
+    assert same_runs(tmp_path / "short/ft.pt", tmp_path / "long/ft.pt")
+    assert len(list((tmp_path / "long").glob("ft-*.pt"))) == 4
+
+
+def test_a_run_that_blows_up_leaves_finite_weights(dataset, tmp_path):
+    with pytest.raises(SystemExit) as e:
+        train.main([f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12", "--steps=100",
+                    "--mask_ratio=0.5", "--block_size=1", *TINY, "--lr=1e12", "--warmup=0", "--grad_clip=0",
+                    "--save_every=1"])
     assert e.value.code == 3
-    assert load_checkpoint(str(tmp_path / "ft.pt"))["step"] == 12
+    last = load_checkpoint(str(tmp_path / "pt.pt"))
+    assert last["step"] >= 1 and finite(last)
 
 
-@pytest.mark.parametrize("extra", [[], ["--micro_batch=2"]])
-@pytest.mark.parametrize("network", [[], ["--decoder_depth=1", "--mask_ratio_end=0"]])
-def test_two_processes_give_the_loss_curve_and_gradients_of_one(labelled, tmp_path, extra, network):
-    args = [f"--data={labelled}", "--batch_size=12", "--steps=20", "--log_every=1", "--mask_ratio=0.5",
-            "--mask_type=patch", "--class_cond", "--lr_schedule=constant", "--grad_clip=0",
-            "--keep_every=1", *network] + TINY
-    name = "ft" if network else "pt"
-    train.main(args + [f"--out_dir={tmp_path}/one"])
-    result = run("train.py", *args, *extra, f"--out_dir={tmp_path}/two", processes=2)
-    assert result.returncode == 0, result.stderr
-    one, two = losses(tmp_path / "one", name), losses(tmp_path / "two", name)
-    assert list(one) == list(two) == list(range(1, 21))
-    assert np.allclose(list(one.values()), list(two.values()), rtol=1e-4)
-    # AdamW hides errors of scale; its first moment after one step is a tenth of the gradient itself.
-    a, b = (load_checkpoint(str(tmp_path / d / f"{name}-0000001.pt"))["optimizer"]["state"] for d in ("one", "two"))
-    for i in a:
-        scale = a[i]["exp_avg"].abs().max()
-        assert (a[i]["exp_avg"] - b[i]["exp_avg"]).abs().max() <= 1e-4 * scale
-    norms = [[r["grad_norm"] for r in map(json.loads, open(tmp_path / d / "log.jsonl")) if "grad_norm" in r]
-             for d in ("one", "two")]
-    assert np.allclose(*norms, rtol=1e-3)
+def test_a_full_disk_ends_the_run_with_a_sentence_and_the_last_checkpoint_whole(dataset, tmp_path, monkeypatch):
+    args = [f"--data={dataset}", "--batch_size=12", "--steps=6", "--save_every=2", *TINY]
+    train.main(args + [f"--out_dir={tmp_path}/whole"])
+    write, written = torch.save, []
+
+    def full(content, file):
+        written.append(content["step"])
+        if len(written) == 2:
+            file.write(b"the beginning")
+            raise OSError(28, "No space left on device")
+        write(content, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert "No space left" in mistake(train.main, *args, f"--out_dir={tmp_path}/parts")
+    assert sorted(f.name for f in (tmp_path / "parts").iterdir()) == ["ft.pt", "log.jsonl"]
+    assert load_checkpoint(str(tmp_path / "parts/ft.pt"))["step"] == 2
+    train.main([f"--out_dir={tmp_path}/parts", "--resume"])  # there is room again
+    assert same_runs(tmp_path / "whole/ft.pt", tmp_path / "parts/ft.pt")
 
 
 # -- mistakes -------------------------------------------------------------------------------------
 
 
-def test_mistakes_on_the_command_line_get_a_sentence(dataset, labelled, tmp_path):
+def test_mistakes_on_the_command_line_get_a_sentence(dataset, tmp_path):
     base = [f"--data={dataset}", f"--out_dir={tmp_path}/out", "--batch_size=12", "--steps=1"] + TINY
 
     def says(*flags):
         return mistake(train.main, *base, *flags)
 
-    assert "no such" in says(f"--data={tmp_path}/nowhere").lower() or "nowhere" in says(
-        f"--data={tmp_path}/nowhere")
+    assert "nowhere" in says(f"--data={tmp_path}/nowhere")
     assert "mask_ratio" in says("--mask_ratio=1.0") and "mask_ratio" in says("--mask_ratio=-0.5")
-    assert "hides none" in says("--mask_ratio=0.01")
+    assert "16 of 16 patches" in says("--mask_ratio=0.01")
+    assert "0 of 16 patches" in says("--mask_ratio=0.99", "--block_size=4")
     assert "not divisible by patch_size" in says("--patch_size=5")
-    assert "heads" in says("--heads=7")
     assert "not divisible by 1 processes x micro_batch 5" in says("--micro_batch=5")
-    assert "at least 1" in says("--batch_size=0")
     assert "needs labels" in says("--class_cond")
-    assert "no checkpoint at" in says(f"--init_from={tmp_path}/none.pt")
+    assert "none.pt" in says(f"--init_from={tmp_path}/none.pt")
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 cut off")
-    assert "damaged" in says(f"--init_from={tmp_path}/cut.pt")
+    assert "cut.pt" in says(f"--init_from={tmp_path}/cut.pt")
+    assert "--mask_ratio?" in says("--mask_ration=0.5") and "--mask_ratio?" in says("--mask-ratio=0.5")
+    assert "--steps" in says("--steps=many") and "cosine" in says("--lr_schedule=stairs")
     assert not (tmp_path / "out").exists()
-
-
-def test_unknown_and_ill_typed_flags_name_the_right_ones(capsys):
-    for flag, expected in (("--mask_ration=0.5", "--mask_ratio"), ("--steps=many", "--steps"),
-                           ("--mask-ratio=0.5", "--mask_ratio"), ("--mask_type=stripes", "block")):
-        with pytest.raises(SystemExit) as e:
-            train.main([flag])
-        said = str(e.value.code) + capsys.readouterr().err
-        assert e.value.code not in (0, 2) and expected in said and "Traceback" not in said
-
-
-def test_another_architecture_than_the_checkpoints_names_the_field(dataset, tmp_path):
-    base = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12", "--steps=1"]
-    train.main(base + TINY)
-    ckpt = tmp_path / "ft.pt"
-    assert "depth is 3" in mistake(train.main, *base, f"--init_from={ckpt}", "--depth=3")
-    assert "depth is 3" in mistake(train.main, f"--out_dir={tmp_path}", "--resume", "--depth=3")
-    assert "dim is" in mistake(train.main, *base, f"--init_from={ckpt}", "--preset=dit-s")
-    grey = make_dataset(tmp_path / "grey", channels=1)
-    assert "channels is 1" in mistake(train.main, *base, f"--data={grey}", f"--init_from={ckpt}")
-    train.main(base + [f"--init_from={ckpt}", "--depth=2", "--device=cpu"])  # what agrees is welcome
 
 
 def test_a_mistake_on_the_command_line_has_exit_code_1_and_no_traceback(tmp_path):
@@ -464,14 +710,54 @@ def test_a_mistake_on_the_command_line_has_exit_code_1_and_no_traceback(tmp_path
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_a_run_is_not_resumed_on_data_with_other_classes(labelled, tmp_path):
-    other = make_dataset(tmp_path / "other", classes=2)
-    args = [f"--out_dir={tmp_path}", "--batch_size=12", "--steps=1"]
-    train.main(args + [f"--data={labelled}", "--class_cond"] + TINY)
-    assert "2 classes, but the run has 3" in mistake(train.main, *args, f"--data={other}", "--resume")
-
-
 # -- two processes and their ends -----------------------------------------------------------------
+
+MASKED = ["--mask_ratio=0.5", "--mask_type=patch"]
+PAIRS = {  # name: flags, flags of the run with two processes alone
+    "masked": ([*MASKED, "--class_cond"], []),
+    "decoder": ([*MASKED, "--class_cond", "--decoder_depth=1", "--mask_ratio_end=0"], ["--micro_batch=2"]),
+    "route": ([*MASKED, "--route=0,1"], ["--micro_batch=3"]),
+    "continual": ([*MASKED, "--replay=OLD", "--replay_frac=0.25", "--replay_coef=0.3", "--distill_from=FIRST",
+                   "--init_from=FIRST", "--ewc=10", "--l2=0.1"], ["--micro_batch=2"]),
+    "consistency": (["--loss=consistency", "--init_from=FIRST", "--ref_batch=9"], ["--micro_batch=3"]),
+}
+
+
+@pytest.fixture(scope="module")
+def pairs(labelled, tmp_path_factory):
+    """The folder of runs of PAIRS, each by one process and by two, NAME-1 and NAME-2."""
+    folder = tmp_path_factory.mktemp("pairs")
+    old, base = make_dataset(folder / "old", seed=7, classes=3), ["--batch_size=12", f"--data={labelled}"]
+    train.main([*base, f"--out_dir={folder}", "--steps=4", "--class_cond", *TINY])
+    commands = []
+    for name, (flags, more) in PAIRS.items():
+        flags = [f.replace("OLD", str(old)).replace("FIRST", f"{folder}/ft.pt") for f in flags]
+        network = TINY[4:] if name in ("continual", "consistency") else TINY
+        command = [*base, *network, "--steps=8", "--log_every=1", "--lr_schedule=constant", "--grad_clip=0",
+                   "--keep_every=1", *flags]
+        train.main([*command, f"--out_dir={folder}/{name}-1"])
+        commands.append([*command, *more, f"--out_dir={folder}/{name}-2"])
+    (folder / "all.py").write_text(f"import train, torch.distributed as dist\nfor c in {commands!r}:\n"
+                                   "    train.main(c)\n    assert not dist.is_initialized()\n")
+    result = run(folder / "all.py", processes=2, PYTHONPATH=str(ROOT))
+    return folder, result
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_processes_give_the_loss_curve_and_gradients_of_one(pairs, name):
+    folder, result = pairs
+    assert result.returncode == 0, result.stderr
+    stage = next((folder / f"{name}-1").glob("??.pt")).stem
+    one, two = (losses(folder / f"{name}-{n}", stage) for n in (1, 2))
+    assert list(one) == list(two) == list(range(1, 9))
+    assert np.allclose(list(one.values()), list(two.values()), rtol=1e-4)
+    # The optimizers hide errors of scale; their first moment after one step is a tenth of the gradient.
+    a, b = (load_checkpoint(str(folder / f"{name}-{n}/{stage}-0000001.pt"))["optimizer"][0]["state"] for n in (1, 2))
+    for i in a:
+        scale = a[i]["exp_avg"].abs().max()
+        assert (a[i]["exp_avg"] - b[i]["exp_avg"]).abs().max() <= 1e-4 * scale
+    norms = [[r["grad_norm"] for r in records(folder / f"{name}-{n}") if "grad_norm" in r] for n in (1, 2)]
+    assert np.allclose(*norms, rtol=1e-3)
 
 
 def start_two(dataset, out):
@@ -489,19 +775,21 @@ def start_two(dataset, out):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the processes through /proc")
-def test_a_killed_process_ends_the_others_with_a_message(dataset, tmp_path):
+def test_a_killed_process_ends_the_others(dataset, tmp_path):
     launcher, children = start_two(dataset, tmp_path)
     assert len(children) == 2
     os.kill(children[1], signal.SIGKILL)
     _, errors = launcher.communicate(timeout=60)
     assert launcher.returncode != 0
-    assert "lost touch with another one" in errors or "Sending process" in errors
     assert str(children[1]) in errors and "SIGKILL" in errors  # torchrun names the one that failed
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the processes through /proc")
 def test_sigterm_to_torchrun_saves_once_on_all_processes(dataset, tmp_path, capsys):
-    launcher, children = start_two(dataset, tmp_path)
+    launcher, _ = start_two(dataset, tmp_path)
     launcher.send_signal(signal.SIGTERM)
     _, errors = launcher.communicate(timeout=60)
     assert launcher.returncode != 0 and errors.count("go on with --resume") == 1
@@ -517,17 +805,11 @@ def test_sigterm_to_torchrun_saves_once_on_all_processes(dataset, tmp_path, caps
 def test_optimizer_settings_changed_at_resume_take_effect(dataset, tmp_path):
     args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12"] + TINY
     train.main(args + ["--steps=1"])
-    train.main([f"--out_dir={tmp_path}", "--resume", "--steps=2", "--weight_decay=0.5", "--beta2=0.9"])
-    group = load_checkpoint(str(tmp_path / "ft.pt"))["optimizer"]["param_groups"][0]
-    assert group["weight_decay"] == 0.5 and tuple(group["betas"]) == (0.9, 0.9)
-
-
-def test_a_fresh_run_leaves_no_checkpoint_of_the_old_one_to_resume(dataset, tmp_path):
-    args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12"] + TINY
-    train.main(args + ["--steps=2", "--save_every=1"])
-    assert (tmp_path / "ft.prev.pt").exists()
-    train.main(args + ["--steps=1"])
-    assert not (tmp_path / "ft.prev.pt").exists() and (tmp_path / "ft.prev.old.pt").exists()
+    train.main([f"--out_dir={tmp_path}", "--resume", "--steps=2", "--weight_decay=0.5", "--beta2=0.9", "--lr=0.25",
+                "--warmup=0", "--lr_schedule=constant"])
+    (state,) = load_checkpoint(str(tmp_path / "ft.pt"))["optimizer"]
+    group = state["param_groups"][0]
+    assert group["weight_decay"] == 0.5 and tuple(group["betas"]) == (0.9, 0.9) and group["lr"] == 0.25
 
 
 def test_a_moved_run_goes_on_where_it_is_now(dataset, tmp_path):
