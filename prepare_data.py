@@ -218,7 +218,7 @@ def split(source, num, classes, val_frac, seed):
     many training images, alike many of each class. What the source holds out stays held out."""
     names = np.array(source.classes or [""] * len(source.names))
     wanted = classes.split(",") if classes else sorted(set(names))
-    need(set(wanted) <= set(names), f"--classes {classes}: expected some of {sorted(set(names))}")
+    need(set(wanted) <= set(names), f"--classes {classes}: expected some of {','.join({*names})}")
     n = len(names) - source.num_val
     order = np.random.Generator(np.random.PCG64(seed)).permutation(n)
     if num or classes:  # one of each class in turn
@@ -231,7 +231,7 @@ def split(source, num, classes, val_frac, seed):
 
 # ---- The rules of pixels.
 # Formats that show themselves by their first bytes, and none that runs another program.
-FORMATS = "PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000"
+FORMATS = "PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000"
 
 def iter_images(source, order, rejects, size=None, channels=3, fit="crop", background="white"):
     """Yields (i, uint8 (H,W,channels)) for i in `order`, latents as they are; `rejects`, a list,
@@ -298,7 +298,7 @@ def write(source, folder, parts, settings, strict):
             for reject in rejects[:20]:
                 print("  rejected {}: {}".format(*reject), file=sys.stderr)
             need(2 * len(kept[name]) > len(part) and not (strict and rejects),
-                 f"{len(rejects)} of {len(part)} files cannot be read: is this the right source?")
+                 f"{len(kept[name])} of {len(part)} images can be read: is this the right source?")
             file.seek(0)
             np.lib.format.write_array_header_1_0(file, dict(
                 descr=image.dtype.str, fortran_order=False, shape=(len(kept[name]), *image.shape)))

@@ -10,7 +10,7 @@ import model
 
 @pytest.mark.parametrize("ratio", [0, 0.9])
 @pytest.mark.parametrize("decoder", [{}, dict(decoder_depth=2, decoder_dim=64, decoder_heads=2),
-                                     dict(dense_depth=2, decoder_depth=1)])
+                                     dict(route=(1, 4)), dict(route=(0, 6))])
 def test_flops_by_formula_are_those_that_torch_counts(ratio, decoder):
     config = model.ModelConfig(**model.PRESETS["demo"], **decoder)
     denoiser, b, d = model.Denoiser(config), 3, config.dim

@@ -2,6 +2,8 @@
 
 import json
 import math
+from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +13,11 @@ from conftest import TINY, mistake, run
 import model
 import sample
 import train
-from model import (Denoiser, ModelConfig, consistency_function, consistency_loss, consistency_step, load_checkpoint,
-                   posterior_mean)
+from model import (Denoiser, ModelConfig, consistency_loss, consistency_objective, consistency_step, load_checkpoint,
+                   posterior_mean, segment_edges)
 
 MEAN, STD = 0.3, 0.7  # each coordinate ~ N(0.3, 0.7^2)
-CONFIG = ModelConfig(image_size=4, channels=1, patch_size=2, dim=8, depth=1, heads=1)
+CONFIG = ModelConfig(image_size=4, channels=1, patch_size=2, dim=8, depth=1, heads=1, cm_segments=1)
 
 
 def ode(x, t, s):
@@ -24,7 +26,7 @@ def ode(x, t, s):
 
 
 def lower_edge(t, segments):
-    return max(e for e in sample.segment_edges(segments).tolist() if e < t)
+    return max(e for e in segment_edges(segments).tolist() if e < t)
 
 
 class Exact:
@@ -41,7 +43,8 @@ class Exact:
 
 
 def settings(**changes):
-    return train.Config(loss="consistency", **{**dict(steps=800, cm_stage_length=100, cm_k=0.0), **changes})
+    return Namespace(**{**dict(steps=800, cm_stages=8, cm_q=2.0, cm_k=0.0, cm_b=1.0, cm_c=0.0, cm_weight="gap",
+                               cm_smooth=False), **changes})
 
 
 def draw(b=6, seed=0):
@@ -51,27 +54,30 @@ def draw(b=6, seed=0):
 
 
 def test_segment_edges_are_levels_of_the_sampling_schedule():
-    assert sample.segment_edges(1).tolist() == [80, 0]
+    assert segment_edges(1).tolist() == [80, 0]
     root = lambda i, n: (80 ** (1 / 7) + i / n * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
-    assert np.allclose(sample.segment_edges(2), [80, root(1, 2), 0])
-    assert np.allclose(sample.segment_edges(4), [80, root(1, 4), root(2, 4), root(3, 4), 0])
+    assert np.allclose(segment_edges(2), [80, root(1, 2), 0])
+    assert np.allclose(segment_edges(4), [80, root(1, 4), root(2, 4), root(3, 4), 0])
 
 
 @pytest.mark.parametrize("segments", [1, 2, 4])
 @pytest.mark.parametrize("weight", ["gap", "edm"])
 @pytest.mark.parametrize("c", [0.0, 0.06])
-def test_the_exact_consistency_function_has_no_loss_along_the_exact_ode(segments, weight, c):
-    model, (clean, noise) = Exact(segments), draw()
+def test_the_exact_consistency_function_has_no_loss_along_the_exact_ode(monkeypatch, segments, weight, c):
+    clean, noise = draw()
     for t in (0.01, 0.4, 3.0, 20.0, 79.0):
-        s = lower_edge(t, segments)
-        for share in (0.0, 0.3, 0.99):
-            t6, s6, r6 = (torch.full((6,), v, dtype=torch.float64) for v in (t, s, s + share * (t - s)))
-            x_t = clean + t * noise
-            x_r = ode(x_t, t6.view(-1, 1, 1), r6.view(-1, 1, 1))
-            f_t = consistency_function(model(x_t, t6), x_t, t6, s6)
-            f_r = x_r if share == 0 else consistency_function(model(x_r, r6), x_r, r6, s6)
-            loss = consistency_loss(f_t, f_r, t6, r6, c, weight)
-            assert (loss * (t6 - r6)).max() < 1e-9
+        t6 = torch.full((6,), t, dtype=torch.float64)
+        x_t = clean + t * noise
+        for stage in (0, 2, 6):
+            r = torch.clamp(consistency_step(t6, stage, k=0.0), min=lower_edge(t, segments))
+            x_r = ode(x_t, t6.view(-1, 1, 1), r.view(-1, 1, 1))
+            # The one straight step that ends where the ODE does: towards this image.
+            goal = x_t - (t6 / (r - t6)).view(-1, 1, 1) * (x_r - x_t)
+            monkeypatch.setattr(model, "posterior_mean", lambda *a: goal)
+            loss = consistency_objective(
+                Exact(segments), replace(CONFIG, cm_segments=segments), settings(cm_c=c, cm_weight=weight), 100 * stage,
+                clean, noise, t6, None, None, references=clean)
+            assert (loss * (t6 - r)).max() < 1e-8
 
 
 def residuals(monkeypatch, goals, t=2.0, segments=1):
@@ -83,9 +89,9 @@ def residuals(monkeypatch, goals, t=2.0, segments=1):
         row = []
         for goal in goals(clean + t * noise):
             monkeypatch.setattr(model, "posterior_mean", lambda *a: goal)
-            loss = train.consistency_objective(
-                Exact(segments), CONFIG, settings(cm_segments=segments), 100 * stage, sample.segment_edges(segments), clean,
-                noise, sigma, None, None, references=clean)
+            loss = consistency_objective(
+                Exact(segments), replace(CONFIG, cm_segments=segments), settings(), 100 * stage, clean, noise, sigma,
+                None, None, references=clean)
             row.append(loss.item() * t * 2.0 ** -(stage + 1))
         rows.append(row)
     return np.array(rows)
@@ -185,8 +191,7 @@ def test_the_network_is_asked_twice_and_the_target_gets_no_gradient():
         calls.append(torch.is_grad_enabled())
         return denoiser(x, t, visible, labels)
 
-    loss = train.consistency_objective(counted, CONFIG, settings(), 300, sample.segment_edges(1), clean, noise, sigma,
-                                       None, None).mean()
+    loss = consistency_objective(counted, CONFIG, settings(), 300, clean, noise, sigma, None, None).mean()
     assert sorted(calls) == [False, True]
     ours = torch.autograd.grad(loss, list(denoiser.parameters()))
     r = sigma * (1 - 2.0**-4)
@@ -204,8 +209,7 @@ def test_a_smooth_schedule_meets_the_stepwise_one_at_the_start_of_each_stage():
 
     def loss(step, **changes):
         model = Exact()
-        train.consistency_objective(model, CONFIG, settings(**changes), step, sample.segment_edges(1), clean, noise,
-                                    sigma, None, None)
+        consistency_objective(model, CONFIG, settings(**changes), step, clean, noise, sigma, None, None)
         return model.calls[0][0]  # the lower levels
 
     assert torch.allclose(loss(300, cm_smooth=True), loss(300))
@@ -235,22 +239,21 @@ def test_tuning_runs_resumes_and_is_sampled_by_the_right_rule(labelled, tmp_path
     assert math.isfinite([r["val_loss"] for r in lines if r["run"] == "cm" and "val_loss" in r][-1])
 
 
-def test_tuning_to_close_pairs_is_in_float32_unless_asked_otherwise():
-    cpu = torch.device("cpu")
-    assert train.pick_dtype("auto", cpu, 1 / 256) is torch.float32
-    assert train.pick_dtype("bfloat16", cpu, 1 / 256) is torch.bfloat16
-    assert train.pick_dtype("auto", cpu, 1 / 16) is train.pick_dtype("auto", cpu)
+@pytest.mark.parametrize("preset, gap", [("cifar10", 1 / 256), ("imagenet64", 1 / 256)])
+def test_on_a_gpu_pairs_end_as_close_as_in_the_papers_and_are_computed_in_float32(monkeypatch, preset, gap):
+    monkeypatch.setattr(sample, "pick_device", lambda name, rank=0: torch.device("cuda", 0))
+    cfg, _, _ = train.parse(["--loss=consistency", f"--cm_preset={preset}"])
+    assert cfg.dtype == "float32" and cfg.cm_q ** -cfg.cm_stages == gap
 
 
-@pytest.mark.parametrize("gap, q, stages", [(1 / 256, 2, 8), (1 / 256, 4, 4), (1 / 16, 2, 4), (1 / 16, 256, 1)])
-def test_stages_end_at_the_gap_asked_for(gap, q, stages):
-    cfg = train.resolve(dict(loss="consistency", cm_gap=gap, cm_q=float(q), steps=800), {}, torch.device("cpu"))
-    assert cfg.cm_stage_length == 800 // stages
-    again = train.resolve(dict(cm_gap=1 / 64), dict(loss="consistency", steps=800, cm_stage_length=7), torch.device("cpu"))
-    assert again.cm_stage_length == math.ceil(800 / 6)  # asked for at --resume
-    t = torch.tensor([1e4])  # where the sigmoid is nothing
-    r = consistency_step(t, 799 // cfg.cm_stage_length, q, 8, 1)
-    assert 1 - r.item() / 1e4 == pytest.approx(q**-stages, rel=1e-3)
+@pytest.mark.parametrize("q, stages", [(2, 8), (4, 4), (2, 4), (256, 1)])
+def test_the_gap_of_the_last_stage_is_q_to_the_minus_stages(q, stages):
+    t = torch.full((6,), 1e4, dtype=torch.float64)  # where the sigmoid is nothing
+    asked, (clean, noise) = Exact(), draw()
+    consistency_objective(asked, CONFIG, settings(cm_stages=stages, cm_q=float(q), cm_k=8.0), 799, clean, noise, t,
+                          None, None)
+    r = asked.calls[0][0]
+    assert (1 - r / 1e4).tolist() == pytest.approx([q**-stages] * 6, rel=1e-3)
 
 
 def test_two_processes_tune_like_one(labelled, tmp_path):
@@ -302,24 +305,12 @@ def test_a_weaker_model_guides(tmp_path):
 
 def test_mistakes_get_a_sentence(dataset, tmp_path):
     args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12", "--steps=2"]
-    assert "--init_from" in mistake(train.main, *args, *TINY, "--loss=consistency")
     train.main(args + TINY)
     tune = [*args, *TINY[4:], "--loss=consistency", f"--init_from={tmp_path}/ft.pt"]
-    assert "cm_q" in mistake(train.main, *tune, "--cm_q=1")
-    assert "cm_stage_length" in mistake(train.main, *tune, "--cm_stage_length=1", "--steps=100")
-    assert "--cm_gap is 0.0" in mistake(train.main, *tune, "--cm_gap=0")
-    assert "does nothing with --cm_stage_length" in mistake(train.main, *tune, "--cm_gap=0.1", "--cm_stage_length=1")
-    assert "--cm_q is nan" in mistake(train.main, *tune, "--cm_q=nan")
-    assert "does nothing without --loss=consistency" in mistake(train.main, *args, *TINY, "--ref_batch=9")
-    assert "does nothing without --decoder_depth" in mistake(train.main, *args, *TINY, "--mae_weight=1")
-    assert "does nothing without --mask_ratio_end" in mistake(train.main, *args, *TINY, "--mask_schedule=linear")
-    assert "mid_sigma" in mistake(sample.main, "--ckpt", tmp_path / "ft.pt", "--mid_sigma=0")
-    train.main(args + TINY[4:] + ["--dim=48", "--depth=1", "--heads=2", "--patch_size=2", f"--out_dir={tmp_path}/other"])
     guided = ["--ckpt", tmp_path / "ft.pt", "--num=2", "--steps=2", "--out", tmp_path / "x.png", "--guide_ckpt"]
-    assert "differs in patch_size" in mistake(sample.main, *guided, tmp_path / "other/ft.pt", "--cfg_scale=2")
-    assert "does nothing at --cfg_scale 1" in mistake(sample.main, *guided, tmp_path / "ft.pt")
     sample.main([str(a) for a in [*guided, tmp_path / "ft.pt", "--cfg_scale=2"]])
+    assert "classes" in mistake(sample.main, *guided[:-1], "--cfg_scale=2")
     train.main([*tune, "--cm_segments=3"])
     several = ["--ckpt", tmp_path / "cm.pt", "--num=2", "--out", tmp_path / "y.png"]
-    assert "euler in 3 steps" in mistake(sample.main, *several, "--steps=2")
-    assert "euler in 3 steps" in mistake(sample.main, *several, "--sampler=heun")
+    assert "3 segments" in mistake(sample.main, *several, "--steps=2")
+    assert "3 segments" in mistake(sample.main, *several, "--sampler=heun")

@@ -1,9 +1,11 @@
-"""fid.py: the network, the arithmetic of the distances, the protocol, and what users get wrong."""
+"""fid.py: the network, the arithmetic of the distances and of bits per dimension, and the protocol."""
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import zipfile
 from dataclasses import asdict
 from decimal import Decimal, getcontext
 from types import SimpleNamespace
@@ -16,6 +18,8 @@ from conftest import make_dataset, mistake, run_two
 from PIL import Image
 
 import fid
+import model
+import sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
@@ -412,15 +416,16 @@ def test_images_of_several_sizes_are_all_measured(measure, net, tmp_path):
 def test_random_features_are_never_called_fid(measure, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "frechet_distance", lambda *gaussians: 1.5)  # spares 2048 dimensions
     a, b = npz(tmp_path / "a.npz", images(2)), npz(tmp_path / "b.npz", images(2, seed=1))
-    result = measure(a, b, "--features=random")
-    assert "fid" not in result and result["random_fd"] == 1.5
-    assert result["features"] == "random-feature FD" and result["dims"] == 2048
-    assert "bilinear" in result["resize"] and len(result["weights_sha256"]) == 64
-    assert len(result["warnings"]) == 2  # both have fewer than 2,048 images
-    fid.main([a, b, "--features=random", "--device=cpu"])  # statistics come from the cache now
+    fid.main([a, b, "--features=random", "--device=cpu", f"--stats={tmp_path}/stats.npz"])
     out, err = capsys.readouterr()
     assert out == "random-feature FD 1.5\n"
     assert "weights_sha256" in err and "FID" not in out
+    stats = tmp_path / "stats.npz"  # they know of which network they are
+    result = measure(stats, stats)
+    assert "fid" not in result and result["random_fd"] == 1.5
+    assert result["features"] == "random-feature FD" and len(result["weights_sha256"]) == 64
+    assert "bilinear" in result["resize"]
+    assert len(result["warnings"]) == 2  # both have fewer than 2,048 images
 
 
 def test_saved_statistics_have_the_common_layout_and_replace_the_images(measure, net, tmp_path):
@@ -441,84 +446,125 @@ def test_saved_statistics_have_the_common_layout_and_replace_the_images(measure,
     assert [p.name for p in tmp_path.glob("tmp*")] == []
 
 
-def test_statistics_made_with_kid_hold_the_features_that_it_needs(measure, net, tmp_path):
-    a, b = npz(tmp_path / "a.npz", images()), npz(tmp_path / "b.npz", images(seed=1))
-    how = ["--features", net, "--metrics=fid,kid,pr"]
-    measure(a, "--stats", tmp_path / "stats.npz", *how)
-    with np.load(tmp_path / "stats.npz") as f:
-        np.testing.assert_allclose(f["features"], features(images()), rtol=1e-6)
-    expected, found = measure(a, b, *how), measure(tmp_path / "stats.npz", b, *how)
-    for key in ("fd", "kid", "kid_se", "precision", "recall"):
-        assert found[key] == pytest.approx(expected[key], rel=1e-9)
-
-
 def test_two_files_of_statistics_need_no_network(measure, tmp_path):
     np.savez(tmp_path / "a.npz", mu=np.zeros(3), sigma=np.eye(3))
     np.savez(tmp_path / "b.npz", mu=np.ones(3), sigma=4 * np.eye(3))
     assert measure(tmp_path / "a.npz", tmp_path / "b.npz")["fid"] == pytest.approx(6, rel=1e-12)
 
 
-def test_cached_statistics_serve_only_what_made_them(measure, net, tmp_path, hub, monkeypatch):
-    data, b = make_dataset(tmp_path / "set"), npz(tmp_path / "b.npz", images(seed=1))
-    calls, real = [], fid.measure
-    monkeypatch.setattr(fid, "measure", lambda s, *rest: (calls.append(s.path), real(s, *rest)))
-
-    def measured(*args):
-        calls.clear()
-        return measure(data, b, "--features", net, *args)["fd"], list(calls)
-
-    first, both = measured()
-    assert both == [str(data), b]
-    assert measured() == (pytest.approx(first), [])
-    assert measured("--no-cache") == (pytest.approx(first), both)
-    assert measured("--num=9")[1] == both
-    x = np.load(data / "train.npy")
-    x[0, 0, 0, 0] ^= 255
-    np.save(data / "train.npy", x)  # and meta.json keeps its old hash
-    assert measured()[1] == [str(data)]
-    other = str(tmp_path / "other.pt")
-    torch.jit.save(torch.jit.script(Pooled(2.0)), other)
-    calls.clear()
-    assert measure(data, b, "--features", other)["fd"] != pytest.approx(first) and calls == both
-    for file in (hub / "hub" / "fid_statistics").iterdir():
-        file.write_bytes(file.read_bytes()[:-100])  # damaged: measured again
-    assert measured()[1] == both
-
-
-def test_a_place_that_can_not_be_written_has_no_cache(measure, net, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
-    a = npz(tmp_path / "a.npz", images())
-    assert abs(measure(a, a, "--features", net)["fd"]) < 1e-6
+def untrained(path, classes=(), **changes):
+    """A checkpoint of a network that answers zero, so that D(x; sigma) = x / (1 + 4 sigma^2)."""
+    torch.manual_seed(0)
+    config = model.ModelConfig(**dict(image_size=16, dim=32, depth=1, heads=2,
+                                      num_classes=len(classes)) | changes)
+    state = model.Denoiser(config).state_dict()
+    model.save_checkpoint(str(path), dict(model=state, ema=state, architecture=asdict(config), config={},
+                                          step=7, class_names=[*classes] or None))
+    return str(path)
 
 
 def test_a_checkpoint_is_measured_by_its_samples(measure, net, tmp_path):
-    import model
-    import sample
-
-    torch.manual_seed(0)
-    config = model.ModelConfig(image_size=16, dim=32, depth=1, heads=2)
-    denoiser = model.Denoiser(config)
-    state, path = denoiser.state_dict(), str(tmp_path / "ft.pt")
-    architecture = asdict(config)
-    checkpoint = {
-        "model": state,
-        "ema": state,
-        "architecture": architecture,
-        "config": {},
-        "step": 7,
-    }
-    model.save_checkpoint(path, {**checkpoint, "run_id": "test"})
-    a = npz(tmp_path / "a.npz", images())
+    path, a = untrained(tmp_path / "ft.pt"), npz(tmp_path / "a.npz", images())
     settings = ["--num=10", "--steps=2", "--sampler=euler", "--seed=3", "--batch_size=4"]
     result = measure(a, path, "--features", net, *settings)
-    drawn = sample.generate(denoiser.eval(), range(10), seed=3, sampler="euler", steps=2)
+    denoiser, _ = sample.load_denoiser(path)
+    drawn = sample.generate(denoiser, range(10), seed=3, sampler="euler", steps=2)
     drawn = npz(tmp_path / "drawn.npz", np.concatenate([x for _, x in drawn]))
     expected = measure(a, drawn, "--features", net, "--num=10")
     assert result["fd"] == pytest.approx(expected["fd"], rel=1e-3)
     about = {"kind": "checkpoint", "n": 10, "step": 7, "weights": "ema", "seed": 3}
     about |= {"sampler": "euler", "steps": 2, "cfg_scale": 1.0}
     assert about.items() <= result["b"].items()
+
+
+# ---------------------------------------------------------------------------------------------
+# Losses by noise level and bits per dimension.
+
+
+def test_the_bound_on_quantised_gaussian_data_is_its_entropy():
+    levels = torch.arange(256) / 127.5 - 1
+    p = torch.softmax(-((levels.double() - 0.1) ** 2) / (2 * 0.03**2), dim=0)
+    entropy = -(p * p.clamp_min(1e-300).log2()).sum().item()
+    g = torch.Generator().manual_seed(0)
+    near = p > 1e-7  # the other levels never occur
+    values = torch.multinomial(p, 2**20, replacement=True, generator=g).view(-1, 4, 8).to(torch.uint8)
+
+    def denoise(x, sigma):  # E[v | x], summed over the levels
+        distance = (x[..., None] - levels[near]) ** 2 / (2 * sigma.view(-1, 1, 1, 1) ** 2)
+        return (p[near].log().float() - distance).softmax(dim=-1) @ levels[near]
+
+    found = [fid.bound(denoise, part, g) for part in values.split(1024)]
+    bits, losses = (torch.cat(t) for t in zip(*found))
+    standard_error = bits.std().item() / math.sqrt(len(bits))
+    assert losses.shape == (2**15, 10) and standard_error < 0.004
+    assert abs(bits.mean().item() - entropy) < 0.01, (bits.mean(), entropy, standard_error)
+
+
+def test_the_decoder_sums_to_one_over_the_levels():
+    for z in (-1.0, 0.123, 0.5, 1.002):
+        one = torch.tensor([z], dtype=torch.float64)
+        nats = torch.stack([fid.decoder_nats(one, torch.tensor([v])) for v in range(256)])
+        assert abs(torch.exp(-nats).sum().item() - 1) < 1e-12
+
+
+def test_the_report_on_an_untrained_network_is_the_closed_form(tmp_path, capsys):
+    sets = [make_dataset(tmp_path / f"{i}", n_val=40, seed=i) for i in (0, 1)]
+    ckpt = untrained(tmp_path / "ft.pt")
+    fid.main([f"{sets[0]},{sets[1]}", ckpt, "--metrics=bpd", "--device=cpu"])
+    out = capsys.readouterr().out.strip().splitlines()
+    result = json.loads(out[-1])
+    assert list(result) == [*map(str, sets)] and len(out) == 5  # a table of two rows, then the JSON
+    for folder, row in result.items():
+        m = np.mean((np.load(f"{folder}/val.npy") / 127.5 - 1) ** 2)
+        assert len(row["loss_by_level"]) == 10 and row["images"] == 40 and row["standard_error"] > 0
+        edges = np.array(row["ln_sigma"])
+        np.testing.assert_allclose(edges, np.linspace(math.log(0.002), math.log(80), 11))
+        # With D = x / (1 + 4 s^2), E (D - y)^2 = (s^4 m + s^2/16) / (s^2 + 1/4)^2 for mean square m.
+        v = np.exp(2 * (edges[:-1, None] + np.diff(edges)[:, None] * (np.arange(1000) + 0.5) / 1000))
+        error = (v**2 * m + v / 16) / (v + 0.25) ** 2
+        np.testing.assert_allclose(row["loss_by_level"], ((v + 0.25) / (v / 4) * error).mean(1), rtol=0.03)
+        x, weight = np.polynomial.hermite_e.hermegauss(60)  # the noise before the decoder
+        other = 2 / 255 * np.arange(-9, 10)[:, None]  # so far off are the neighbouring levels
+        nats = np.log(np.exp((-(other**2) / 0.002 + 2 * other * x) / 0.004).sum(0)) @ weight
+        nats = np.diff(edges) @ (error / v).mean(1) + m / (2 * 80**2) + nats / weight.sum()
+        assert row["bits_per_dim"] == pytest.approx(nats / math.log(2), rel=0.01)
+
+
+def test_bits_per_dimension_of_a_model_of_classes_are_those_of_each_class(tmp_path, capsys):
+    data = make_dataset(tmp_path / "set", classes=2, n_val=6)
+    ckpt = untrained(tmp_path / "ft.pt", classes=["class 0", "class 1"])
+    state = torch.load(ckpt, weights_only=True)
+    for weights in state["model"], state["ema"]:  # the class moves the answer, at all noise levels
+        torch.nn.init.normal_(weights["net.labels.weight"], generator=torch.Generator().manual_seed(0))
+        torch.nn.init.normal_(weights["net.modulation.weight"], generator=torch.Generator().manual_seed(1))
+        torch.nn.init.normal_(weights["net.head.weight"], std=0.1, generator=torch.Generator().manual_seed(2))
+    model.save_checkpoint(ckpt, state)
+    found = []
+    for labels in [0, 1, 0, 1, 0, 1], [1] * 6, [0] * 6:
+        np.save(data / "val_labels.npy", np.array(labels))
+        fid.main([str(data), ckpt, "--metrics=bpd", "--device=cpu"])
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1])[str(data)]["bits_per_dim"])
+    mixed, ones, zeros = found
+    # The noise is the same in all three: the mixed set takes images 1, 3, 5 of one and 0, 2, 4 of the other.
+    assert abs(ones - zeros) > 0.1 and min(ones, zeros) < mixed < max(ones, zeros)
+
+
+def test_bits_per_dimension_of_what_does_not_fit_are_refused(tmp_path):
+    plain, of_classes = untrained(tmp_path / "a.pt"), untrained(tmp_path / "b.pt", classes=["cat", "dog"])
+    kinds = {"small": {"size": 8}, "grey": {"channels": 1}, "latents": {"dtype": np.float32}}
+    for name, how in kinds.items():
+        data = make_dataset(tmp_path / name, **how)
+        assert name in mistake(fid.main, data, plain, "--metrics=bpd", "--device=cpu")
+    other = make_dataset(tmp_path / "other", classes=3)  # of other classes
+    assert "cat" in mistake(fid.main, other, of_classes, "--metrics=bpd", "--device=cpu")
+    assert "alone" in mistake(fid.main, other, plain, "--metrics=bpd,fid", "--device=cpu")
+    assert "--stats" in mistake(fid.main, other, "--metrics=bpd", "--device=cpu")
+
+
+def test_two_processes_report_once_and_leave_in_peace(tmp_path):
+    data, ckpt = make_dataset(tmp_path / "set", n_val=4), untrained(tmp_path / "ft.pt")
+    result = run_two(tmp_path, "fid", data, ckpt, "--metrics=bpd", "--device=cpu")
+    assert result.returncode == 0 and result.stdout.count("bits per dimension") == 1, result.stderr
 
 
 # ---------------------------------------------------------------------------------------------
@@ -539,55 +585,69 @@ def bad_cases(tmp_path, net):
     good = npz(tmp_path / "good.npz", images())
     np.savez(tmp_path / "three.npz", mu=np.zeros(3), sigma=np.eye(3))
     np.savez(tmp_path / "square.npz", mu=np.zeros(3), sigma=np.eye(4))
-    np.savez(tmp_path / "features.npz", mu=np.zeros(3), sigma=np.eye(3), n=4, features=np.zeros((2, 3)))
-    np.savez(tmp_path / "nan.npz", mu=np.zeros(3), sigma=np.full((3, 3), np.nan))
-    np.savez(
-        tmp_path / "random.npz", mu=np.zeros(12), sigma=np.eye(12), net="random_fd " + 64 * "0", n=9
-    )
-    np.savez(tmp_path / "object.npz", mu=np.array([{}], dtype=object), sigma=np.eye(1))
+    np.savez(tmp_path / "nan.npz", mu=np.zeros(12), sigma=np.full((12, 12), np.nan))
+    np.savez(tmp_path / "random.npz", mu=np.zeros(12), sigma=np.eye(12), net="random_fd " + 64 * "0", n=9)
+    np.savez(tmp_path / "object.npz", mu=np.array([Bomb()], dtype=object), sigma=np.eye(1))
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((4, 8, 8, 3)))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:300])
     (tmp_path / "empty").mkdir()
     folder(tmp_path / "damaged", images(3))
     (tmp_path / "damaged" / "0001.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
     torch.jit.save(torch.jit.script(NotFinite()), str(tmp_path / "nan.pt"))
-    torch.save({"Conv2d_1a_3x3.conv.weight": torch.zeros(1)}, tmp_path / "short.pth")
-    (tmp_path / "noise.pth").write_bytes(bytes(range(256)) * 8)
-    torch.save({"bomb": Bomb()}, tmp_path / "bomb.pth")
+    (tmp_path / "noise.pt").write_bytes(bytes(range(256)) * 8)
     latents = make_dataset(tmp_path / "latents", dtype=np.float32)
     jit = ["--features", net]
-    return {
+    sentences = {
         "no such source": ([good, tmp_path / "absent", *jit], "absent"),
         "only one source": ([good], "--stats"),
-        "an empty folder": ([good, tmp_path / "empty", *jit], "0 images"),
-        "one image": ([good, npz(tmp_path / "one.npz", images(1)), *jit], "1 image:"),
+        "an empty folder": ([good, tmp_path / "empty", *jit], "2 images"),
+        "one image": ([good, npz(tmp_path / "one.npz", images(1)), *jit], "one.npz"),
+        "three images for pr": ([good, npz(tmp_path / "few.npz", images(3)), "--metrics=pr", *jit], "pr 4"),
         "a damaged image": ([good, tmp_path / "damaged", *jit], "0001.png"),
         "other dimensions": ([tmp_path / "three.npz", good, *jit], "differ"),
         "another network": ([tmp_path / "random.npz", good, *jit], "differ"),
         "sigma of another size": ([tmp_path / "square.npz", good, *jit], "(3,)"),
-        "other features": ([tmp_path / "features.npz", good, *jit], "features (2, 3)"),
-        "NaN statistics": ([tmp_path / "nan.npz", good, *jit], "finite"),
-        "object arrays": ([tmp_path / "object.npz", good, *jit], "object.npz"),
         "float images": ([good, tmp_path / "floats.npz", *jit], "floats.npz"),
-        "a cut npz": ([good, tmp_path / "cut.npz", *jit], "cut.npz"),
         "latents": ([good, latents, *jit], "latents"),
-        "NaN features": ([good, good, "--features", tmp_path / "nan.pt"], "NaN"),
-        "no TorchScript": ([good, good, "--features", tmp_path / "noise.pth"], "noise.pth"),
-        "damaged weights": ([good, good, "--weights", tmp_path / "noise.pth"], "noise.pth"),
-        "other weights": ([good, good, "--weights", tmp_path / "short.pth"], "short.pth"),
-        "a pickle bomb": ([good, good, "--weights", tmp_path / "bomb.pth"], "bomb.pth"),
-        "a broken checkpoint": ([good, tmp_path / "noise.pth", *jit], "noise.pth"),
+        "NaN features": ([good, good, "--features", tmp_path / "nan.pt"], "finite"),
+        "a broken checkpoint": ([good, tmp_path / "noise.pt", *jit], "noise.pt"),
         "kid of statistics": ([tmp_path / "three.npz", good, "--metrics=kid", *jit], "images"),
         "an unknown metric": ([good, good, "--metrics=fid,isc"], "pr"),
         "a mistyped flag": ([good, good, "--metric=fid"], "--metrics"),
-        "no batch": ([good, good, "--batch_size=0"], "--batch_size"),
-        "superfluous weights": ([good, good, "--features=random", "--weights=x"], "--weights"),
-        "another suffix": ([good, "--stats", tmp_path / "stats.txt"], ".npz"),
-    }  # fmt: skip
+        "no batch": ([good, good, "--batch_size=0", *jit], "2 images"),
+    }
+    errors = {  # what numpy and torch say by themselves
+        "NaN statistics": [tmp_path / "nan.npz", good, *jit],
+        "object arrays": [tmp_path / "object.npz", good, *jit],
+        "a cut npz": [good, tmp_path / "cut.npz", *jit],
+        "no TorchScript": [good, good, "--features", tmp_path / "noise.pt"],
+    }
+    return sentences, errors
 
 
-def test_mistakes_end_in_one_sentence(tmp_path, net, monkeypatch):
+def test_mistakes_end_in_one_sentence_or_in_an_error_and_leave_nothing(tmp_path, net, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for case, (args, words) in bad_cases(tmp_path, net).items():
-        assert words in mistake(fid.main, *args), case
-    assert not (tmp_path / "exploded").exists() and not list(tmp_path.glob("*.tmp"))
+    sentences, errors = bad_cases(tmp_path, net)
+    before = sorted(tmp_path.rglob("*"))
+    stats = f"--stats={tmp_path}/stats.npz"
+    for case, (args, words) in sentences.items():
+        extra = [] if case == "only one source" else [stats]
+        assert words in mistake(fid.main, *args, *extra), case
+    for case, args in errors.items():
+        with pytest.raises((ValueError, RuntimeError, zipfile.BadZipFile)):
+            pytest.fail(f"{case}: {fid.main([*map(str, args), stats])}")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["noise", "short", "bomb"])
+def test_what_is_wrong_with_a_file_of_weights_is_told_in_one_sentence(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a, path = npz(tmp_path / "a.npz", images()), tmp_path / f"{name}.pth"
+    if name == "noise":
+        path.write_bytes(bytes(range(256)) * 8)
+    else:
+        torch.save({"fc.bias": torch.zeros(1) if name == "short" else Bomb()}, path)
+    with pytest.raises(SystemExit) as stop:
+        fid.main([a, a, "--weights", str(path)])
+    assert path.name in stop.value.code and not (tmp_path / "exploded").exists()
+    assert stop.value.code.count("\n") == 0 and len(stop.value.code) < 1000

@@ -1,7 +1,9 @@
-"""Every measured table of README is what a file under assets/results/ says."""
+"""Every measured table of README and of the results is what a file under assets/results/ says; budgets hold."""
 
+import io
 import json
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,11 @@ import label_agreement
 import reproduce
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-DESCRIBING = ("| flag |", "| file |")  # tables without measurements
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "assets/results/README.md")}
+SCRIPTS = ("model.py", "train.py", "sample.py", "fid.py", "prepare_data.py")
+DESCRIBING = ("| what |", "| file |", "| to change |")  # tables without measurements of their own
 TABLE = re.compile(r"(?:<!-- (assets/results/\S+\.json)(?: (\w+))? -->\n)?((?:^\|.*\n)+)", re.MULTILINE)
-MEASURED = [m.groups() for m in TABLE.finditer(README) if not m[3].startswith(DESCRIBING)]
+MEASURED = [m.groups() for page in PAGES.values() for m in TABLE.finditer(page) if not m[3].startswith(DESCRIBING)]
 MAKERS = {
     "table": lambda r: reproduce.table(r["results"]),
     "ratios": lambda r: reproduce.time_ratios(r["results"]),
@@ -27,6 +30,10 @@ MAKERS = {
 }
 
 
+def stored(name):
+    return json.loads((ROOT / "assets/results" / name).read_text())
+
+
 @pytest.mark.parametrize("file, kind, text", MEASURED)
 def test_table_equals_its_results(file, kind, text):
     assert file, f"no file is named above the table that begins {text.splitlines()[0]}"
@@ -35,9 +42,41 @@ def test_table_equals_its_results(file, kind, text):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "assets/results").glob("*.json")))
 def test_results_can_be_repeated(file):
-    stored = json.loads(file.read_text())
-    assert re.match("python (tests/)?[a-z_]+.py", stored["command"])
-    for r in stored["results"]:
+    found = json.loads(file.read_text())
+    assert re.match("python (tests/(tools/)?)?[a-z_]+.py", found["command"])
+    for r in found["results"]:
         assert re.fullmatch(r"[0-9a-f]{7,}", r["commit"]) and r["machine"] and r["date"]
-    assert file.name in README
+    assert any(file.name in page for page in PAGES.values())
     assert "/root" not in file.read_text() and "/tmp" not in file.read_text()
+
+
+def test_the_headline_figures_are_those_of_the_results():
+    figures = [line.split("|")[2].strip() for line in PAGES["README.md"].splitlines() if "python tests/tools/" in line
+               and line.startswith("|")]
+    (demo,) = stored("demo.json")["results"]
+    assert figures[0] == f"{(demo['pt_seconds'] + demo['ft_seconds']) / 60:.1f} min of training"
+    times = {name: [line.split(" | ")[-1].rstrip(" |") for line in reproduce.time_ratios(stored(name)["results"])
+                    .splitlines()[2:]] for name in ("speedup-faces-1024.json", "speedup-faces.json")}
+    assert figures[1] == f"{times['speedup-faces-1024.json'][0]} times less"
+    assert figures[2] == "{0} and {2}; {1} and {3} times less".format(*times["speedup-faces.json"])
+
+
+def test_links_and_files_of_the_pages_exist():
+    for name, page in PAGES.items():
+        for target in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\"]+)\"", page):
+            assert (ROOT / name).parent.joinpath("".join(target)).exists(), target
+    for path in re.findall(r"tests/tools/\w+\.py", "".join(PAGES.values())):
+        assert (ROOT / path).exists()
+
+
+def test_the_scripts_keep_to_their_budgets():
+    lines = {name: (ROOT / name).read_text().splitlines() for name in SCRIPTS}
+    assert max(map(len, lines.values())) <= 520 and sum(map(len, lines.values())) <= 2200
+    assert len(PAGES["README.md"].splitlines()) <= 200
+    assert all(len(line) <= 100 for text in lines.values() for line in text)
+    for name in SCRIPTS:
+        assert f"| `{name}` | {len(lines[name])} |" in PAGES["README.md"]
+        tokens = tokenize.generate_tokens(io.StringIO((ROOT / name).read_text()).readline)
+        assert not any(t.type == tokenize.OP and t.string == ";" for t in tokens)
+    main = "\n".join(lines["train.py"]).split("\ndef main(")[1].split("\nif __name__")[0].splitlines()
+    assert len(main) <= 180

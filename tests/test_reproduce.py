@@ -12,7 +12,7 @@ from PIL import Image
 
 import continual
 import reproduce
-from prepare_data import open_dataset
+from prepare_data import open_folder
 
 
 def result(name, seed, curve, fd):
@@ -89,12 +89,12 @@ def test_a_tenth_of_a_set_is_a_set_with_the_same_validation_images(tmp_path):
     (tmp_path / "other").symlink_to(other)
     args = type("Args", (), dict(out=str(tmp_path), other=str(other), size=None, claim="transfer"))
     few = reproduce.data_set("few", args)
-    images, labels, meta = open_dataset(few)
-    whole, of_whole, _ = open_dataset(other)
+    images, labels, meta = open_folder(few)
+    whole, of_whole, _ = open_folder(other)
     assert len(images) == 4 and meta["num_train"] == 4
     place = [next(i for i, x in enumerate(whole) if np.array_equal(x, y)) for y in images]
     assert np.array_equal(labels, of_whole[place])
-    assert np.array_equal(open_dataset(few, "val")[0], open_dataset(other, "val")[0])
+    assert np.array_equal(open_folder(few, "val")[0], open_folder(other, "val")[0])
     assert len(np.load(other / "train.npy")) == 40
 
 
@@ -118,7 +118,7 @@ def test_a_run_that_misses_its_time_by_far_is_the_trial_of_another(tmp_path, mon
 
 def test_a_claim_runs_from_data_to_table_and_is_not_run_again(tmp_path):
     data = make_dataset(tmp_path / "set", n=30)
-    command = [ROOT / "tests/reproduce.py", "speedup", f"--data={data}", "--seeds", "1", "--num", "8", "--each", "0.03",
+    command = [ROOT / "tests/tools/reproduce.py", "speedup", f"--data={data}", "--seeds", "1", "--num", "8", "--each", "0.03",
                "--patch_size", "2", "--batch_size", "1", "--out", tmp_path / "out"]
     first = run(*command)
     assert first.returncode == 0, first.stderr
@@ -143,7 +143,7 @@ def test_a_claim_runs_from_data_to_table_and_is_not_run_again(tmp_path):
 
 def test_one_class_after_another_is_learned_and_each_judged_by_its_own_samples(tmp_path):
     data = make_dataset(tmp_path / "set", n=40, classes=2)
-    command = [ROOT / "tests/continual.py", f"{data}:class 1", f"{data}:class 0", "--minutes", "0.01", "--num", "8",
+    command = [ROOT / "tests/tools/continual.py", f"{data}:class 1", f"{data}:class 0", "--minutes", "0.01", "--num", "8",
                "--references", "16", "--methods", "generative-1", "--out", tmp_path / "out"]
     first = run(*command, timeout=500)
     assert first.returncode == 0, first.stderr
@@ -151,11 +151,12 @@ def test_one_class_after_another_is_learned_and_each_judged_by_its_own_samples(t
     (result,) = stored["results"]
     assert stored["tasks"] == ["class 1", "class 0"] and [len(row) for row in result["matrix"]] == [1, 2]
     assert len(result["report"]) == 2 and str(tmp_path) not in json.dumps(stored)
-    generated, labels, meta = open_dataset(tmp_path / "out/generative-1-0/task1/generated")
-    assert len(generated) + meta["num_val"] == 8 and set(labels) == {1} and meta["class_names"] == ["0", "1"]
-    old, new = (open_dataset(tmp_path / f"out/class {c}") for c in (1, 0))
-    assert set(old[1]) == {1} and set(new[1]) == {0} and len(old[0]) == len(new[0]) == 20
+    generated, labels, meta = open_folder(tmp_path / "out/generative-1-0/task1/generated")
+    assert len(generated) + meta["num_val"] == 8 and set(labels) == {0} and meta["class_names"] == ["class 1"]
+    for c in (0, 1):
+        images, labels, meta = open_folder(tmp_path / f"out/class {c}")
+        assert meta["class_names"] == [f"class {c}"] and set(labels) == {0} and len(images) == 20
     again = run(*command)
     assert again.stdout == first.stdout and "class 1 after class 0" in first.stdout
     wrong = run(*command[:1], f"{data}:cats", "--out", tmp_path / "else")
-    assert wrong.returncode == 1 and "has no class 'cats', expected one of: class 0, class 1" in wrong.stderr
+    assert wrong.returncode == 1 and "--classes cats: expected some of class " in wrong.stderr

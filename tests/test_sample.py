@@ -2,18 +2,19 @@
 
 import json
 import math
-import zipfile
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from conftest import mistake, run
+from conftest import TINY, mistake, run
 from PIL import Image
 from scipy.integrate import solve_ivp
 
+import prepare_data
 import sample
-from model import Denoiser, ModelConfig, save_checkpoint
+import train
+from model import Denoiser, ModelConfig, sampler_levels, save_checkpoint
 
 MEAN, STD = 0.3, 0.7  # Gaussian data N(0.3, 0.7^2), each coordinate alone
 
@@ -36,24 +37,31 @@ def make_checkpoint(path, classes=0, **changes):
         torch.nn.init.normal_(p, std=0.1)
     raw = denoiser.state_dict()
     save_checkpoint(str(path), dict(
-        model=raw, ema={k: v * 0.5 for k, v in raw.items()}, architecture=asdict(config),
-        config={"class_cond": classes > 0, "label_dropout": 0.1}, step=7, run_id="test", optimizer={}))
+        model=raw, ema={k: v * 0.5 for k, v in raw.items()}, architecture=asdict(config), step=7,
+        config={"class_cond": classes > 0, "label_dropout": 0.1}, class_names=["cat", "dog", "ant"]))
     return path
 
 
+def draw(ckpt, out, *flags):
+    """Runs sample.py's main on the CPU -> the arrays of the .npz file that it wrote."""
+    sample.main(["--ckpt", str(ckpt), "--out", str(out), "--device=cpu", *flags])
+    with np.load(out, allow_pickle=False) as f:
+        return dict(f)
+
+
 def test_schedule_is_edm_equation_5():
-    sigmas = sample.edm_sigmas(18).tolist()
+    sigmas = sampler_levels(18).tolist()
     assert len(sigmas) == 19 and sigmas[18] == 0
     assert math.isclose(sigmas[0], 80) and math.isclose(sigmas[17], 0.002)
     assert math.isclose(sigmas[5], (80 ** (1 / 7) + 5 / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7)
-    assert sample.edm_sigmas(1).tolist() == pytest.approx([80, 0])
+    assert sampler_levels(1).tolist() == pytest.approx([80, 0])
 
 
 @pytest.mark.parametrize("sampler,order", [("euler", 1), ("heun", 2)])
 def test_samplers_converge_to_the_exact_ode_solution_with_their_order(sampler, order):
     noise = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = exact_solution(noise * 80, 80)
-    errors = [(sample.sample_loop(exact_denoiser, noise, sample.edm_sigmas(n), sampler) - expected)
+    errors = [(sample.sample_loop(exact_denoiser, noise, sampler_levels(n), sampler) - expected)
               .abs().max().item() for n in (64, 128, 256)]
     slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
     assert all(abs(slope - order) < 0.15 for slope in slopes), (errors, slopes)
@@ -68,14 +76,14 @@ def test_evaluations_are_n_for_euler_and_2n_minus_1_for_heun():
             return exact_denoiser(x, sigma)
 
         x = torch.randn(4, dtype=torch.float64)
-        sample.sample_loop(counted, x, sample.edm_sigmas(18), sampler, lambda: torch.randn_like(x))
+        sample.sample_loop(counted, x, sampler_levels(18), sampler, lambda: torch.randn_like(x))
         assert len(calls) == expected, sampler
 
 
 def test_the_stochastic_sampler_draws_the_data_distribution():
     g = torch.Generator().manual_seed(0)
     noise = torch.randn(100_000, generator=g, dtype=torch.float64)
-    x = sample.sample_loop(exact_denoiser, noise, sample.edm_sigmas(128), "churn", s_noise=1.0,
+    x = sample.sample_loop(exact_denoiser, noise, sampler_levels(128), "churn", s_noise=1.0,
                            draw=lambda: torch.randn(100_000, generator=g, dtype=torch.float64))
     assert abs(x.mean() - MEAN) < 0.01 and abs(x.std() - STD) < 0.01
     correlation = torch.corrcoef(torch.stack([x, noise]))[0, 1]
@@ -84,12 +92,12 @@ def test_the_stochastic_sampler_draws_the_data_distribution():
 
 def test_one_consistency_step_is_one_evaluation_at_sigma_max():
     x = torch.randn(8, dtype=torch.float64)
-    out = sample.sample_loop(exact_denoiser, x, sample.edm_sigmas(1), "consistency")
+    out = sample.sample_loop(exact_denoiser, x, sampler_levels(1), "consistency")
     assert torch.equal(out, exact_denoiser(80 * x, 80.0)) or torch.allclose(out, exact_denoiser(80 * x, 80.0))
 
 
 class TwoGaussians(torch.nn.Module):
-    """Exact denoiser of class 0 ~ N(-1, 1/4), class 1 ~ N(1, 1/4); null (2): their even mixture."""
+    """Exact denoiser of class 0 ~ N(-1, 1/4), class 1 ~ N(1, 1/4); none (-1): their even mixture."""
 
     config = ModelConfig(num_classes=2)
 
@@ -105,14 +113,14 @@ class TwoGaussians(torch.nn.Module):
         p = torch.sigmoid(2 * x / (0.25 + s2))
         mixed = p * means[1] + (1 - p) * means[0]
         label = labels.view(-1, *[1] * (x.dim() - 1))
-        return torch.where(label == 2, mixed, torch.where(label == 1, means[1], means[0]))
+        return torch.where(label == -1, mixed, torch.where(label == 1, means[1], means[0]))
 
 
 def test_guidance_is_the_stated_combination_and_skips_unused_branches():
     net = TwoGaussians()
     x, labels = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 0, 1])
     sigma = torch.full((6,), 0.8, dtype=torch.float64)
-    d_label, d_null = net(x, sigma, labels), net(x, sigma, torch.full_like(labels, 2))
+    d_label, d_null = net(x, sigma, labels), net(x, sigma, torch.full_like(labels, -1))
     net.evaluated.clear()
     assert torch.equal(sample.guided(net, labels, 1)(x, 0.8), d_label)
     assert torch.equal(sample.guided(net, labels, 0)(x, 0.8), d_null)
@@ -139,7 +147,7 @@ def test_guidance_moves_samples_of_two_gaussians_as_the_closed_form_says(scale):
     noise = torch.linspace(-2.5, 2.5, 11, dtype=torch.float64)
     labels = torch.ones(11, dtype=torch.long)
     denoise = sample.guided(TwoGaussians(), labels, scale)
-    x = sample.sample_loop(denoise, noise, sample.edm_sigmas(400), "heun")
+    x = sample.sample_loop(denoise, noise, sampler_levels(400), "heun")
 
     def slope(s, x):
         shrink = s**2 / (s**2 + 0.25)
@@ -156,7 +164,7 @@ def test_noise_of_an_image_is_bit_identical_for_any_batch_size(tmp_path):
     denoiser, _ = sample.load_denoiser(make_checkpoint(tmp_path / "ft.pt"))
     seen = {}
     original = sample.sample_loop
-    for size in (1, 7, 64):
+    for size in (1, 7, 32):
         noises = []
 
         def spy(denoise, x, *rest):
@@ -165,16 +173,16 @@ def test_noise_of_an_image_is_bit_identical_for_any_batch_size(tmp_path):
 
         sample.sample_loop = spy
         try:
-            images = [x for _, x in sample.generate(denoiser, range(64), steps=4, batch_size=size)]
+            images = [x for _, x in sample.generate(denoiser, range(32), steps=4, batch_size=size)]
         finally:
             sample.sample_loop = original
         seen[size] = torch.cat(noises), np.concatenate(images).astype(int)
-    for size in (7, 64):
+    for size in (7, 32):
         assert torch.equal(seen[size][0], seen[1][0])
         assert np.abs(seen[size][1] - seen[1][1]).max() <= 1
-    assert seen[1][0].std() == pytest.approx(1, abs=0.01)
-    alone = next(sample.generate(denoiser, [40], steps=4))[1][0].astype(int)
-    assert np.abs(alone - seen[1][1][40]).max() <= 1
+    assert seen[1][0].std() == pytest.approx(1, abs=0.02)
+    alone = next(sample.generate(denoiser, [20], steps=4))[1][0].astype(int)
+    assert np.abs(alone - seen[1][1][20]).max() <= 1
     assert not np.array_equal(seen[1][1][0], seen[1][1][1])
 
 
@@ -193,25 +201,95 @@ def test_command_line_writes_grid_folder_and_npz(tmp_path):
     sample.main(base + ["--out", str(tmp_path / "grid.png")])
     assert Image.open(tmp_path / "grid.png").size == (1 + 3 * 17, 1 + 4 * 17)  # a column for each class
     sample.main(base + ["--out", str(tmp_path / "pngs")])
-    sample.main(base + ["--out", str(tmp_path / "s.npz"), "--labels", "0,2"])
-    with np.load(tmp_path / "s.npz", allow_pickle=False) as f:
-        assert f["arr_0"].shape == (10, 16, 16, 3) and f["arr_0"].dtype == np.uint8
-        assert f["arr_1"].tolist() == [0, 2] * 5
-    sample.main(base + ["--out", str(tmp_path / "all.npz")])
-    images = np.load(tmp_path / "all.npz")["arr_0"]
+    drawn = draw(ckpt, tmp_path / "all.npz", *base[2:])
+    assert drawn["arr_0"].shape == (10, 16, 16, 3) and drawn["arr_0"].dtype == np.uint8
+    assert drawn["arr_1"].tolist() == [0, 1, 2] * 3 + [0]
+    assert drawn["class_names"].tolist() == ["cat", "dog", "ant"]
     pngs = sorted((tmp_path / "pngs").glob("*.png"))
     assert [p.name for p in pngs] == [f"{i:06d}.png" for i in range(10)]
-    assert all(np.array_equal(np.asarray(Image.open(p)), image) for p, image in zip(pngs, images))
+    assert all(np.array_equal(np.asarray(Image.open(p)), x) for p, x in zip(pngs, drawn["arr_0"]))
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.parts"))
 
 
-def test_ema_and_raw_weights_differ_and_latents_go_out_as_they_came(tmp_path):
-    ckpt = make_checkpoint(tmp_path / "ft.pt", channels=4, sigma_data=1.5)
-    for weights in ("ema", "raw"):
-        sample.main(["--ckpt", str(ckpt), "--num=3", "--steps=2", "--weights", weights,
-                     "--out", str(tmp_path / f"{weights}.npy")])
-    ema, raw = (np.load(tmp_path / f"{w}.npy", allow_pickle=False) for w in ("ema", "raw"))
-    assert ema.shape == (3, 4, 16, 16) and ema.dtype == np.float32 and not np.allclose(ema, raw)
+def test_a_grid_shows_every_image_with_a_gap(tmp_path):
+    images = np.stack([np.full((8, 8, 1), i, np.uint8) for i in range(5)])
+    sample.save_grid(str(tmp_path / "grid.png"), images, columns=3)
+    sheet = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert sheet.shape == (2 * 9 + 1, 3 * 9 + 1)
+    assert [(sheet == i).sum() for i in range(5)] == [64] * 5
+    latents = np.linspace(-3, 9, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8).astype(np.float32)
+    sample.save_grid(str(tmp_path / "latents.png"), latents)
+    shown = np.asarray(Image.open(tmp_path / "latents.png"))[1:9, 1:9]
+    expected = (latents[0, :3].transpose(1, 2, 0) + 3) / 12 * 255  # the first three channels as RGB
+    assert np.abs(shown - expected).max() <= 1
+
+
+def test_labels_are_names_or_numbers(tmp_path):
+    ckpt = make_checkpoint(tmp_path / "ft.pt", classes=3)
+    flags = ["--num=4", "--steps=2", "--labels"]
+    named, numbered, mixed = (draw(ckpt, tmp_path / f"{i}.npz", *flags, text)
+                              for i, text in enumerate(("ant,cat", "2,0", "ant,0")))
+    for other in numbered, mixed:
+        assert all(np.array_equal(named[k], other[k]) for k in ("arr_0", "arr_1", "class_names"))
+    assert named["arr_1"].tolist() == [2, 0, 2, 0]
+    every = draw(ckpt, tmp_path / "every.npz", "--num=3", "--steps=2")["arr_0"]
+    assert np.abs(named["arr_0"][0].astype(int) - every[0]).max() > 1  # an ant is not the cat of this noise
+    state = torch.load(ckpt, weights_only=True)
+    save_checkpoint(str(ckpt), state | {"class_names": ["9", "7", "0"]})  # a name goes before a number
+    for text, expected in ("0", [2]), ("9,1,7", [0, 1, 1]):
+        assert draw(ckpt, tmp_path / f"{text}.npz", "--num=3", "--steps=1", "--labels", text)[
+            "arr_1"].tolist() == np.resize(expected, 3).tolist()
+
+
+def test_samples_with_classes_become_a_data_set_with_the_same_class_names(tmp_path):
+    ckpt = make_checkpoint(tmp_path / "ft.pt", classes=3)
+    drawn = draw(ckpt, tmp_path / "s.npz", "--num=10", "--steps=2", "--labels=ant,cat")
+    prepare_data.main([str(tmp_path / "s.npz"), f"--out={tmp_path}/set"])
+    names = json.loads((tmp_path / "set/meta.json").read_text())["class_names"]
+    assert names == ["cat", "ant"]  # in the model's order, and no dog was drawn
+    said = {image.tobytes(): ["cat", "dog", "ant"][n] for image, n in zip(drawn["arr_0"], drawn["arr_1"])}
+    count = 0
+    for split in "train", "val":
+        images, labels, _ = prepare_data.open_folder(tmp_path / "set", split)
+        assert [said[x.tobytes()] for x in images] == [names[n] for n in labels]
+        count += len(images)
+    assert len(said) == count == 10
+
+
+def test_ema_and_raw_weights_differ_and_latents_go_out_on_their_own_scale(tmp_path):
+    size, unit = dict(channels=2, image_size=8), ((0.0, 0.0), (0.5, 0.5))  # what is drawn inside
+    mean, deviation = (3.0, -40.0), (2.0, 0.1)
+    drawn = {}
+    for name, latent, weights in [
+            ("unit", unit, "ema"), ("own", (mean, deviation), "ema"), ("raw", unit, "raw")]:
+        ckpt = make_checkpoint(tmp_path / f"{name}.pt", latent=latent, **size)
+        how = "--num=3", "--steps=2", "--weights", weights
+        drawn[name] = draw(ckpt, tmp_path / f"{name}.npz", *how)["arr_0"]
+    assert drawn["unit"].shape == (3, 2, 8, 8) and drawn["unit"].dtype == np.float32
+    assert not np.allclose(drawn["unit"], drawn["raw"])
+    moved = [drawn["unit"][:, i] / 0.5 * deviation[i] + mean[i] for i in (0, 1)]
+    np.testing.assert_allclose(drawn["own"], np.stack(moved, axis=1), rtol=1e-5, atol=1e-5)
+
+
+def test_the_scale_of_latents_changes_neither_training_nor_samples(tmp_path):
+    z = np.random.default_rng(0).normal(size=(40, 4, 16, 16)).cumsum(axis=3).astype(np.float32)
+    z *= np.array([1, 3, 0.2, 1], np.float32)[:, None, None]
+    maps = {"z": (1, 0), "eleven": (11, 0), "moved": (0.5, 5)}
+    losses, drawn = [], []
+    for name, (a, b) in maps.items():
+        np.save(tmp_path / f"{name}.npy", a * z + b)
+        prepare_data.main([f"{tmp_path}/{name}.npy", f"--out={tmp_path}/{name}"])
+        train.main([f"--data={tmp_path}/{name}", f"--out_dir={tmp_path}/{name}/out", "--batch_size=8",
+                    "--steps=6", "--mask_ratio=0.5", "--mask_ratio_end=0", "--mask_type=patch",
+                    "--log_every=1", *TINY])
+        lines = map(json.loads, open(tmp_path / name / "out/log.jsonl"))
+        losses.append([r.get("loss", r.get("val_loss")) for r in lines if {"loss", "val_loss"} & {*r}])
+        samples = draw(tmp_path / name / "out/ft.pt", tmp_path / f"{name}.npz", "--num=4", "--steps=4")
+        drawn.append((samples["arr_0"] - b) / a)
+    assert len(losses[0]) == 7 and losses[0][0] != losses[0][5]
+    np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-5)
+    scale = drawn[0].std()
+    np.testing.assert_allclose(drawn[1:], [drawn[0]] * 2, atol=1e-4 * scale, rtol=1e-4)
 
 
 def test_an_interrupted_run_goes_on_and_makes_the_same_file(tmp_path):
@@ -247,31 +325,38 @@ def test_samples_of_another_recipe_are_not_mixed(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "holiday.png").write_bytes(b"precious")
     assert "other files" in mistake(sample.main, *args[:-1], tmp_path / "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["holiday.png"]
     assert (tmp_path / "mine" / "holiday.png").read_bytes() == b"precious"
+    make_checkpoint(ckpt, depth=1)  # another model in the same place
+    assert "another recipe" in mistake(sample.main, *args)
 
 
-def test_two_processes_make_the_images_of_one(tmp_path):
+def test_two_processes_make_the_images_of_one_and_leave_no_parts(tmp_path):
     ckpt = make_checkpoint(tmp_path / "ft.pt")
     args = ["--ckpt", ckpt, "--num=11", "--steps=3", "--batch_size=2", "--device=cpu", "--out"]
     result = run("sample.py", *args, tmp_path / "two.npz", processes=2)
     assert result.returncode == 0, result.stderr
-    sample.main([str(a) for a in args] + [str(tmp_path / "one.npz")])
-    one, two = (np.load(tmp_path / f"{n}.npz")["arr_0"].astype(int) for n in ("one", "two"))
-    assert one.shape == two.shape and np.abs(one - two).max() <= 1
-    assert zipfile.ZipFile(tmp_path / "two.npz").namelist() == ["arr_0.npy"]
+    one = draw(ckpt, tmp_path / "one.npz", "--num=11", "--steps=3", "--batch_size=2")["arr_0"].astype(int)
+    with np.load(tmp_path / "two.npz") as f:
+        assert f.files == ["arr_0"]
+        assert one.shape == f["arr_0"].shape and np.abs(one - f["arr_0"]).max() <= 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ft.pt", "one.npz", "two.npz"]
 
 
 def test_bad_requests_get_a_sentence(tmp_path):
     ckpt, cond = make_checkpoint(tmp_path / "a.pt"), make_checkpoint(tmp_path / "b.pt", classes=3)
+    latent = make_checkpoint(tmp_path / "c.pt", latent=((0.0,) * 3, (1.0,) * 3))
     out = ["--out", tmp_path / "x.png"]
-    assert "no checkpoint at" in mistake(sample.main, "--ckpt", tmp_path / "none.pt", *out)
-    assert "0 to 2" in mistake(sample.main, "--ckpt", cond, "--labels", "0,3", *out)
-    assert "without classes" in mistake(sample.main, "--ckpt", ckpt, "--labels", "0", *out)
-    assert "expected whole numbers, such as" in mistake(sample.main, "--ckpt", cond, "--labels", "cat", *out)
-    assert "needs a model with classes" in mistake(sample.main, "--ckpt", ckpt, "--cfg_scale", "2", *out)
-    assert "at least 1" in mistake(sample.main, "--ckpt", ckpt, "--num", "0", *out)
-    assert "low then high" in mistake(sample.main, "--ckpt", cond, "--cfg_interval", "5,1", *out)
+    assert "none.pt" in mistake(sample.main, "--ckpt", tmp_path / "none.pt", *out)
+    for wrong in "3", "owl", "-1", "0;1", "":
+        assert f"no class ['{wrong}']" in mistake(sample.main, "--ckpt", cond, f"--labels=cat,{wrong}", *out)
+    # The names of the data are no classes of a model without any.
+    assert "it has []" in mistake(sample.main, "--ckpt", ckpt, "--labels", "0", *out)
+    assert "without classes" in mistake(sample.main, "--ckpt", ckpt, "--cfg_scale", "2", *out)
+    assert "makes latents" in mistake(sample.main, "--ckpt", latent, "--out", tmp_path / "x")
     state = torch.load(cond, weights_only=True)
     save_checkpoint(str(cond), state | {"config": state["config"] | {"label_dropout": 0.0}})
-    assert "label_dropout" in mistake(sample.main, "--ckpt", cond, "--cfg_scale", "2", *out)
-    assert json.dumps([p.name for p in tmp_path.iterdir()]).count("x.png") == 0
+    assert "without classes" in mistake(sample.main, "--ckpt", cond, "--cfg_scale", "2", *out)
+    with pytest.raises(ValueError):
+        sample.main(["--ckpt", str(ckpt), "--num=0", "--out", str(tmp_path / "x.png")])
+    assert not list(tmp_path.glob("x*"))

@@ -1,7 +1,7 @@
 """Where the time of a training step goes, on this machine, as ratios within one run.
 
-python tests/bench.py                      # everything (about 35 minutes on two cores)
-python tests/bench.py steps --only demo    # sections (see --help), cases whose name contains a word
+python tests/tools/bench.py                      # everything (about 35 minutes on two cores)
+python tests/tools/bench.py steps --only demo    # sections (see --help), cases whose name contains a word
 
 Every case of a section runs in a process of its own, so that its peak memory is its own; times are
 medians. MFU is the token FLOPs of a step (weights and attention, three forward passes' worth) over
@@ -20,9 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
@@ -72,12 +73,11 @@ def token_flops(config, k):
         return depth * tokens * (2 * 12 * width**2 + 4 * tokens * width)
 
     c, n, width = config, config.grid**2, config.decoder_dim or config.dim
-    first, last = n if c.dense_depth else k, n if c.decoder_depth else k
-    forward = (2 * c.token_dim * (first * c.dim + last * width) + blocks(c.dense_depth, n, c.dim)
-               + blocks(c.depth - c.dense_depth, k, c.dim) + blocks(c.decoder_depth, n, width))
-    if c.decoder_depth:
-        forward += 2 * k * c.dim * width + (c.dense_depth > 0) * 2 * n * (c.dim + width) * width
-    return 3 * forward
+    routed = c.route[1] - c.route[0] if c.route else c.depth
+    first, last = n if c.route else k, n if c.takes_all else k
+    forward = (2 * c.token_dim * (first * c.dim + last * width) + blocks(c.depth - routed, n, c.dim)
+               + blocks(routed, k, c.dim) + blocks(c.decoder_depth, n, width))
+    return 3 * (forward + (2 * k * c.dim * width if c.decoder_depth else 0))
 
 
 def products_share(work, dtype):
@@ -90,14 +90,21 @@ def products_share(work, dtype):
     return sum(times.get(key, 0) for key in products) / sum(times.values())
 
 
-def random_set(folder, n, size, channels=3):
+def random_set(folder, n, size, channels=3, patch_size=4):
     """A prepared set of noise; big enough sets do not fit the processor's caches."""
     rng = np.random.default_rng(0)
     images = np.lib.format.open_memmap(folder + "/train.npy", "w+", np.uint8, (n, size, size, channels))
     for i in range(0, n, 512):
         images[i : i + 512] = rng.integers(0, 256, images[i : i + 512].shape, dtype=np.uint8)
     images.flush()
-    return np.load(folder + "/train.npy", mmap_mode="r")
+    meta = dict(num_train=n, size=size, channels=channels, dtype="uint8", class_names=None, hash="bench")
+    Path(folder, "meta.json").write_text(json.dumps(meta))
+    return prepare_data.Images(folder, "train", patch_size)
+
+
+def settings(**changes):
+    """train.py's settings, as if typed."""
+    return train.parse([f"--{name}={value}" for name, value in changes.items()])[0]
 
 
 # -- sections -------------------------------------------------------------------------------------
@@ -132,23 +139,26 @@ def steps(case):
     """One training step as train.py does it, its parts timed apart."""
     config = model.ModelConfig(image_size=case["size"], channels=case.get("channels", 3),
                                **model.PRESETS[case["preset"]] | case.get("decoder", {}))
-    cfg = train.Config(batch_size=case["batch"], mask_ratio=case["ratio"], mask_type="patch", lr=1e-4, steps=1)
-    dtype = train.pick_dtype("auto", DEVICE)
+    cfg = settings(batch_size=case["batch"], mask_ratio=case["ratio"], mask_type="patch", steps=1)
+    dtype = sample.pick_dtype("auto", DEVICE)
     torch.manual_seed(0)
     denoiser, ema = model.Denoiser(config).to(DEVICE), model.Denoiser(config).to(DEVICE).requires_grad_(False)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-4, fused=True)
     if case.get("compile"):
         denoiser.compile(dynamic=False)
     k = model.count_visible(config.grid, case["ratio"])
-    micro = train.pick_micro_batch(case.get("micro"), case["batch"], k * config.dim, DEVICE)
+    fits = [m for m in range(1, case["batch"] + 1)  # as in train.py
+            if case["batch"] % m == 0 and (DEVICE.type != "cpu" or m * k * config.dim <= 2**20)]
+    micro = case.get("micro") or max(fits, default=1)
     autocast = torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
 
     def forward(batch, i):
         part = {key: None if t is None else t[i : i + micro] for key, t in batch.items()}
-        return train.objective(denoiser, config, **part, mae_weight=0.1).mean() / (case["batch"] / micro)
+        return model.diffusion_objective(denoiser, config, **part, mae_weight=0.1).mean() / (case["batch"] / micro)
 
     with tempfile.TemporaryDirectory() as folder:
-        stream = train.Stream(random_set(folder, 2048, case["size"], config.channels), None, cfg, config, DEVICE)
+        images = random_set(folder, 2048, case["size"], config.channels, config.patch_size)
+        stream = train.Stream(images, None, cfg, config, DEVICE)
         records, begun = [], now()
         for step in range(1 + case.get("repeats", 3)):
             parts = dict(data=0.0, forward=0.0, backward=0.0, clip=0.0, optimizer=0.0, ema=0.0)
@@ -167,13 +177,12 @@ def steps(case):
                     lap("forward")
                     loss.backward()
                     lap("backward")
-            norm = torch.nn.utils.get_total_norm(p.grad for p in denoiser.parameters())
-            if norm > 1:  # as in most steps of a run
-                torch.nn.utils.clip_grads_with_norm_(denoiser.parameters(), 1.0, norm)
+            torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0).item()
             lap("clip")
             optimizer.step()
             lap("optimizer")
-            train.update_ema(ema, denoiser, 0.999, step)
+            weights = [p.detach() for p in denoiser.parameters()]
+            torch._foreach_lerp_(list(ema.parameters()), weights, 1e-3)
             optimizer.zero_grad(set_to_none=True)
             lap("ema")
             records.append(parts)
@@ -194,24 +203,22 @@ def steps(case):
 def tuning(case):
     """What the reference images of SCT cost: reading them, their mean, and the whole step."""
     config = model.ModelConfig(image_size=case["size"], cm_segments=1, **model.PRESETS["demo"])
-    cfg = train.Config(batch_size=case["batch"], loss="consistency", steps=8, cm_stage_length=1,
-                       ref_batch=case["references"])
+    cfg = settings(batch_size=case["batch"], loss="consistency", steps=8, cm_stages=8, ref_batch=case["references"])
     denoiser = model.Denoiser(config).to(DEVICE)
-    dtype = train.pick_dtype("auto", DEVICE, 2**-8)
+    dtype = torch.float32  # pairs this close are too close for bfloat16
     with tempfile.TemporaryDirectory() as folder:
         stream = train.Stream(random_set(folder, 8192, case["size"]), None, cfg, config, DEVICE)
         batch = stream.load(4)
         del batch["index"]
-        noisy = batch["clean"] + batch["sigma"].view(-1, 1, 1) * batch["noise"]
+        noisy = model.noised(batch["clean"], batch["noise"], batch["sigma"])
         reading = clock(lambda: stream.references(4))
-        edges = sample.segment_edges(1).to(DEVICE, torch.float32)
         before = peak_memory()
         averaging = clock(lambda: model.posterior_mean(noisy, batch["clean"], batch["sigma"], batch["references"]))
         grown = peak_memory() - before
 
         def step():
             with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
-                train.consistency_objective(denoiser, config, cfg, 4, edges, **batch).mean().backward()
+                model.consistency_objective(denoiser, config, cfg, 4, **batch).mean().backward()
 
         whole = clock(step, repeats=3) if case["batch"] < 100 else math.nan
     return dict(read_ms=reading * 1e3, mean_ms=averaging * 1e3, grown_mb=grown / 1e6, step_ms=whole * 1e3,
@@ -245,20 +252,38 @@ def waiting(case):
                 f.flush()
                 os.fsync(f.fileno())
                 os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        meta = dict(num_train=shape[0], num_val=8, size=shape[1], channels=3, dtype="uint8", sigma_data=0.5,
-                    hash="bench", class_names=None)
+        meta = dict(num_train=shape[0], num_val=8, size=shape[1], channels=3, dtype="uint8", hash="bench",
+                    class_names=None)
         Path(folder, "meta.json").write_text(json.dumps(meta))
         in_memory = resident_share(f"{folder}/train.npy")
-        command = [sys.executable, str(Path(train.__file__)), f"--data={folder}", f"--out_dir={folder}",
-                   f"--steps={case['steps']}", "--log_every=1", "--eval_every=0", "--save_every=0",
-                   "--sample_every=0", "--seed=1", *case["flags"]]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        records = [r for r in map(json.loads, open(folder + "/log.jsonl")) if "images_per_s" in r]
-    (first, first_wait), (last, waited) = ((r["seconds"], r["seconds_waited_for_data"])
-                                           for r in (records[0], records[-1]))
-    return dict(file_gb=np.prod(shape) / 1e9, in_memory_before=in_memory, steps=case["steps"], s=last,
-                first_batch_s=first_wait, then_waited_s=waited - first_wait,
-                share=(waited - first_wait) / (last - first))
+        train.ThreadPoolExecutor = Timed
+        start = time.time()
+        train.main([f"--data={folder}", f"--out_dir={folder}", f"--steps={case['steps']}", "--eval_every=0",
+                    "--save_every=0", "--sample_every=0", "--seed=1", *case["flags"]])
+        whole = time.time() - start
+    first, *then = Timed.waited
+    return dict(file_gb=np.prod(shape) / 1e9, in_memory_before=in_memory, steps=case["steps"], s=whole,
+                first_batch_s=first, then_waited_s=sum(then), share=sum(then) / whole)
+
+
+class Timed(ThreadPoolExecutor):
+    """The loader's pool, which notes how long its results are waited for."""
+    waited = []
+
+    def submit(self, *args):
+        future = super().submit(*args)
+        result = future.result
+
+        def timed(*wait):
+            start = time.time()
+            try:
+                return result(*wait)
+            finally:
+                if args[0] is not torch.set_num_threads:
+                    self.waited.append(time.time() - start)
+
+        future.result = timed
+        return future
 
 
 def resident_share(path):
@@ -282,11 +307,11 @@ def data(case):
             for i in range(600):
                 image = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
                 prepare_data.Image.fromarray(image).resize((256, 256)).save(f"{folder}/png/{i}.png")
-            seconds = clock(lambda: prepare_data.prepare(folder + "/png", folder + "/set", size=64, force=True),
-                            repeats=3, warm=1)
+            command = [folder + "/png", "--out", folder + "/set", "--size", "64", "--force"]
+            seconds = clock(lambda: prepare_data.main(command), repeats=3, warm=1)
         return dict(images_per_s=600 / seconds)
     config = model.ModelConfig(image_size=case["size"], **model.PRESETS["demo"])
-    cfg = train.Config(batch_size=case["batch"], mask_ratio=case["ratio"], mask_type="patch", steps=1)
+    cfg = settings(batch_size=case["batch"], mask_ratio=case["ratio"], mask_type="patch", steps=1)
     with tempfile.TemporaryDirectory() as folder:
         stream = train.Stream(random_set(folder, 8192, case["size"]), None, cfg, config, DEVICE)
         counter = iter(range(10**6))
@@ -315,7 +340,7 @@ def big(n):
 
 
 DECODER = dict(decoder_depth=4, decoder_dim=256, decoder_heads=4)
-DENSE = dict(depth=10, dense_depth=2, decoder_depth=2)
+ROUTED = dict(route=(1, 5))
 CASES = {
     "peak": {"matrix products and copy": {}},
     "attention": {f"{s}": dict(shape=s) for s in [(256, 4, 16, 32), (192, 4, 28, 32), (64, 8, 26, 64),
@@ -343,7 +368,8 @@ CASES = {
     "decoder": {f"384x12 32x32x4 latents ratio {r}{name}": dict(size=32, channels=4, preset="dit-s", batch=big(16),
                                                                 ratio=r, decoder=decoder)
                 for r, name, decoder in ((0, "", {}), (0.5, "", {}), (0.5, ", decoder 4x256", DECODER),
-                                         (0.75, ", decoder 4x256", DECODER), (0.75, ", sparse-dense 2+8+2", DENSE))},
+                                         (0.75, ", decoder 4x256", DECODER), (0.5, ", routed 1 to 5", ROUTED),
+                                         (0.75, ", routed 1 to 5", ROUTED))},
     "curve": {f"512x13 64px ratio {r}": dict(size=64, preset="maskdm-64", batch=big(16), ratio=r)
               for r in (0, 0.25, 0.5, 0.625, 0.75, 0.875, 0.9, 0.95)},
     "sampling": {f"{s} {n}": dict(sampler=s, steps=n) for s, n in
@@ -449,7 +475,7 @@ def main():
         report(section, rows)
         results += [dict(section=section, case=name, **values, **where_from()) for name, values in rows]
     if args.json:
-        about = dict(command=" ".join(["python tests/bench.py", *args.section]), results=results)
+        about = dict(command=" ".join(["python tests/tools/bench.py", *args.section]), results=results)
         Path(args.json).write_text(json.dumps(about, indent=1))
 
 

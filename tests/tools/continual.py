@@ -1,10 +1,10 @@
 """Learn prepared sets one after another, by several methods, and measure what is forgotten.
 
-python tests/continual.py data/a data/b --minutes 4 --methods fine-tuning,joint,replay-0.1-512
-python tests/continual.py data/emoji:people-body data/emoji:flags          # one class after another
+python tests/tools/continual.py data/a data/b --minutes 4 --methods fine-tuning,joint,replay-0.1-512
+python tests/tools/continual.py data/emoji:people-body data/emoji:flags          # one class after another
 
-If all have the same classes, the model is conditional, and a set is compared with samples of those
-that it holds; else all sets are compared with the same samples, and distances depend on their mixture, too.
+If all have classes, the model is conditional, and a set is compared with samples of those that it
+holds; else all sets are compared with the same samples, and distances depend on their mixture, too.
 
 Every method starts from one model of the first set. After each set the random-feature Frechet
 distance to every set so far is measured with --num samples. What is finished lies in
@@ -12,14 +12,14 @@ OUT/continual.json and is not run again. Methods, as flags of train.py:
 
 fine-tuning                nothing but the new set
 joint                      --data: all sets so far
-l2-C, ewc-C                --l2_prev=C, --ewc=C
-replay-COEF-BUFFER         --replay: all old sets, --replay_coef, --replay_buffer
+l2-C, ewc-C                --l2=C, --ewc=C with the importance on all old sets
+replay-COEF[-BUFFER]       --replay: all old sets, or a buffer of so many images of each; --replay_coef
 generative-COEF            --replay: --num samples of the model before, made a set by prepare_data.py
-distillation-COEF          --distill_from: the model before, --distill_coef
+NAME+taught                the same with the answers of the model before as targets (--distill_from)
 NAME+masked                the same with --mask_ratio=0.75 in the first half of the time
 
-The report of train.py --eval_only on all sets (loss by noise level, bits per dimension) is stored
-beside the distances, and its change from the first model to the last is printed for the first set.
+What fid.py --metrics bpd says of the sets (loss by noise level, bits per dimension) is stored beside
+the distances, and its change from the first model to the last is printed for the first set.
 """
 
 import argparse
@@ -35,13 +35,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 
-from reproduce import B16, QUIET, call, last_json, masked, subset, train_for, where_from  # puts the project on the path
+from reproduce import B16, QUIET, call, last_json, masked, train_for, where_from  # puts the project on the path
 
 import sample
-from prepare_data import open_dataset
+from prepare_data import open_folder
 
-DEFAULT = ("fine-tuning,joint,replay-1-64,replay-0.1-64,replay-1-512,replay-0.1-512,distillation-1,generative-1,"
-           "replay-0.1-512+masked,distillation-1+masked,ewc-1e4,l2-0.01")
+DEFAULT = ("fine-tuning,joint,replay-1-64,replay-0.1-64,replay-1-512,replay-0.1-512,replay-1+taught,generative-1,"
+           "generative-1+taught,replay-0.1-512+masked,ewc-1e4,l2-0.01")
 
 
 def task_of(text, out):
@@ -49,11 +49,7 @@ def task_of(text, out):
     name, _, wanted = text.partition(":")
     folder = Path(out, wanted) if wanted else Path(name).resolve()
     if wanted and not folder.exists():
-        labels = {split: open_dataset(name, split)[1] for split in ("train", "val")}
-        classes = open_dataset(name)[2]["class_names"] or []
-        if wanted not in classes:
-            sys.exit(f"{name} has no class {wanted!r}, expected one of: {', '.join(classes) or 'it has no classes'}")
-        subset(Path(name), folder, **{s: np.flatnonzero(v == classes.index(wanted)) for s, v in labels.items()})
+        call("prepare_data.py", name, "--classes", wanted, "--out", folder, log=Path(out, "output.txt"))
     return str(folder)
 
 
@@ -61,29 +57,39 @@ def labels_of(task, args):
     """Flags for sample.py: classes in the proportions of a set; none for a model without classes."""
     if not args.class_cond:
         return []
-    return ["--labels", ",".join(map(str, np.random.default_rng(0).choice(open_dataset(task)[1], args.num)))]
+    _, labels, meta = open_folder(task)
+    drawn = np.random.default_rng(0).choice(labels, args.num)
+    return ["--labels", ",".join(meta["class_names"][i] for i in drawn)]
 
 
 def flags_of(method, tasks, before, folder, args, log):
     """The flags of train.py for learning tasks[-1] when `before`, a checkpoint, knows the others."""
     name, *values = method.split("+")[0].split("-")
-    old = ",".join(tasks[:-1])
+    teacher = [f"--distill_from={before}"] if "+taught" in method else []
     if name == "fine":
         return [f"--data={tasks[-1]}"]
     if name == "joint":
         return [f"--data={','.join(tasks)}"]
     if name in ("l2", "ewc"):
-        return [f"--data={tasks[-1]}", f"--{dict(l2='l2_prev', ewc='ewc')[name]}={'-'.join(values)}"]
+        return [f"--data={tasks[-1]}", f"--{name}={'-'.join(values)}", f"--anchor={before}",
+                f"--ewc_data={','.join(tasks[:-1])}"]
     if name == "replay":
-        return [f"--data={tasks[-1]}", f"--replay={old}", f"--replay_coef={values[0]}", f"--replay_buffer={values[1]}"]
+        old = [buffer_of(task, values[1], args, log) for task in tasks[:-1]] if values[1:] else tasks[:-1]
+        return [f"--data={tasks[-1]}", f"--replay={','.join(old)}", f"--replay_coef={values[0]}", *teacher]
     if name == "generative":
         made = folder / "generated"
         call("sample.py", "--ckpt", before, f"--num={args.num}", "--steps=10", "--out", f"{made}.npz", log=log)
         call("prepare_data.py", f"{made}.npz", "--out", made, "--force", log=log)
-        return [f"--data={tasks[-1]}", f"--replay={made}", f"--replay_coef={values[0]}"]
-    if name == "distillation":
-        return [f"--data={tasks[-1]}", f"--distill_from={before}", f"--distill_coef={values[0]}"]
+        return [f"--data={tasks[-1]}", f"--replay={made}", f"--replay_coef={values[0]}", *teacher]
     sys.exit(f"--methods has {method!r}, expected some of those in --help")
+
+
+def buffer_of(task, size, args, log):
+    """A prepared set of `size` images of a task."""
+    folder = Path(args.out) / f"{Path(task).name}-{size}"
+    if not folder.exists():
+        call("prepare_data.py", task, "--num", size, "--out", folder, log=log)
+    return str(folder)
 
 
 def distances(checkpoint, tasks, folder, args, log):
@@ -128,8 +134,8 @@ def learn(method, tasks, args, first):
 
 
 def report_of(checkpoint, tasks, log):
-    """What train.py --eval_only says of each task."""
-    out, _ = call("train.py", "--eval_only", f"--ckpt={checkpoint}", f"--data={','.join(tasks)}", log=log)
+    """What fid.py says of a model's losses on each task."""
+    out, _ = call("fid.py", ",".join(tasks), checkpoint, "--metrics=bpd", log=log)
     return [last_json(out)[task] for task in tasks]
 
 
@@ -176,8 +182,7 @@ def main():
     folder = Path(args.out) / f"first-{args.seed}"
     Path(args.out).mkdir(parents=True, exist_ok=True)
     tasks = [task_of(t, args.out) for t in args.tasks]
-    classes = [open_dataset(t)[2]["class_names"] for t in tasks]
-    args.class_cond = bool(classes[0]) and all(c == classes[0] for c in classes)
+    args.class_cond = all(open_folder(t)[2]["class_names"] for t in tasks)
     done = Path(args.out) / "continual.json"
     about = dict(tasks=[Path(t).name for t in tasks], minutes=args.minutes, num=args.num, references=args.references)
     stored = json.loads(done.read_text()) if done.exists() else dict(about, results=[])
@@ -185,7 +190,7 @@ def main():
     if differ := [k for k in about if stored[k] != about[k]]:
         sys.exit(f"{done} has results with other {differ[0]} ({stored[differ[0]]}): give another --out")
     done.write_text(json.dumps(stored, indent=1))
-    stored["command"] = " ".join(["python tests/continual.py", *(Path(t).name for t in args.tasks),
+    stored["command"] = " ".join(["python tests/tools/continual.py", *(Path(t).name for t in args.tasks),
                                   f"--minutes {args.minutes:g} --seed {args.seed} --num {args.num}"])
     if not (folder / "first.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -198,7 +203,7 @@ def main():
             *QUIET, B16, f"--data={tasks[0]}", f"--seed={args.seed}", f"--init_from={pt}"], log)
         row = distances(checkpoint, tasks[:1], folder, args, log)
         (folder / "first.json").write_text(json.dumps(dict(
-            checkpoint=str(checkpoint), row=row, report=report_of(checkpoint, tasks, log))))
+            checkpoint=str(checkpoint), row=row, report=report_of(checkpoint, tasks[:1], log))))
     first = json.loads((folder / "first.json").read_text())
     stored["first"] = {k: v for k, v in first.items() if k != "checkpoint"}
     mine = []

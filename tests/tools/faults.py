@@ -1,12 +1,12 @@
 """Fault campaign: disturb small training runs, resume them, compare with the undisturbed run.
 
-python tests/faults.py [--faults 60] [--seed 0]        # about five seconds a fault on two cores
+python tests/tools/faults.py [--faults 60] [--seed 0]        # about five seconds a fault on two cores
 
 Every fault hits a fresh run of STEPS steps that saves every EVERY steps:
   kill       kill -9 at a random moment, also in the middle of a save
   truncate   the newest checkpoint is cut at a random byte
   flip       random bytes of the newest checkpoint are changed
-  full disk  writing fails at a random size of file from a random moment on (RLIMIT_FSIZE), then kill -9
+  full disk  writing fails at a random size of file (RLIMIT_FSIZE); kill -9 if the run has not ended by itself
   poison     some images are NaN; such steps must be skipped, and the run killed and resumed once
 The final weights (model, EMA, optimizer) must be those of the undisturbed run, bit for bit.
 """
@@ -27,9 +27,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import ROOT, make_dataset
 
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from conftest import ROOT, make_dataset  # noqa: E402, it puts the project on the path
 from model import load_checkpoint  # noqa: E402
 
 STEPS, EVERY = 160, 10
@@ -79,6 +79,8 @@ def same(a, b):
         return torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
     return True
 
 
@@ -87,7 +89,7 @@ def disturb(kind, data, out, rng):
     ckpt = out / "ft.pt"
     if kind in ("kill", "poison"):
         kill_at_random(start(data, out), out, rng)
-        return last_step(out) - EVERY
+        return last_step(out) - (2 * EVERY if kind == "poison" else EVERY)  # a skipped step is not saved
     if kind == "full disk":
         finish(start(data, out, f"--steps={3 * EVERY}"))
         limit = rng.randrange(1, ckpt.stat().st_size)

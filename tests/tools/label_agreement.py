@@ -1,6 +1,6 @@
 """How often a classifier sees in a drawn image the class it was drawn for.
 
-python tests/label_agreement.py data/noto out/ft.pt --cfg_scale 1,2,4 --per_class 20
+python tests/tools/label_agreement.py data/noto out/ft.pt --cfg_scale 1,2,4 --per_class 20
 
 The classifier is a small convolutional network, trained here on the real images of the data set and
 tested on its validation images; the last line is its own agreement there, the most to hope for.
@@ -18,11 +18,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from model import load_checkpoint
-from prepare_data import open_dataset
+from prepare_data import need, open_folder
 from reproduce import where_from
 
 
@@ -32,7 +32,8 @@ def classifier(channels, classes, width=32):
         layers += [nn.Conv2d(c, w, 3, padding=1), nn.BatchNorm2d(w), nn.ReLU(), nn.Conv2d(w, w, 3, padding=1),
                    nn.BatchNorm2d(w), nn.ReLU(), nn.MaxPool2d(2)]
         c = w
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(c, classes))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3),
+                         nn.Linear(c, classes))
 
 
 def as_input(images):
@@ -80,13 +81,13 @@ def main():
     parser.add_argument("--steps", type=int, default=18)
     parser.add_argument("--epochs", type=int, default=15)
     args = parser.parse_args()
-    (images, labels, meta), (val_images, val_labels, _) = (open_dataset(args.data, s) for s in ("train", "val"))
-    classes = len(meta["class_names"] or [])
-    if not classes:
-        sys.exit(f"{args.data} has no classes: prepare it from a folder with one sub-folder a class")
-    checkpoint = load_checkpoint(args.ckpt)
-    if checkpoint["architecture"].get("num_classes") != classes or checkpoint["class_names"] != meta["class_names"]:
-        sys.exit(f"{args.ckpt} was not trained with the classes of {args.data}: give one that was (--class_cond)")
+    (images, labels, meta), (val_images, val_labels, _) = (
+        open_folder(args.data, split) for split in ("train", "val"))
+    names, checkpoint = meta["class_names"] or [], load_checkpoint(args.ckpt)
+    classes = len(names)
+    need(classes, f"{args.data} has no classes: prepare it from a folder with one sub-folder a class")
+    need(checkpoint["architecture"]["num_classes"] and checkpoint["class_names"] == names,
+         f"{args.ckpt} was not trained with the classes of {args.data}: give one that was (--class_cond)")
     net = fit(images, labels, classes, args.epochs)
     results = []
 
@@ -96,16 +97,17 @@ def main():
 
     for scale in args.cfg_scale.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([sys.executable, str(ROOT / "sample.py"), "--ckpt", args.ckpt, "--out", f"{folder}/x.npz",
-                            f"--num={classes * args.per_class}", f"--cfg_scale={scale}", f"--steps={args.steps}"],
+            subprocess.run([sys.executable, str(ROOT / "sample.py"), "--ckpt", args.ckpt,
+                            "--out", f"{folder}/x.npz", f"--num={classes * args.per_class}",
+                            f"--cfg_scale={scale}", f"--steps={args.steps}"],
                            check=True, capture_output=True)
             with np.load(f"{folder}/x.npz") as drawn:
                 judge(f"drawn with guidance {scale}", drawn["arr_0"], drawn["arr_1"])
     judge("real ones it has not seen", val_images, val_labels)
     print(table(results))
-    command = " ".join(["python tests/label_agreement.py", *sys.argv[1:]])
-    Path(args.ckpt).with_suffix(".agreement.json").write_text(json.dumps(dict(command=command, results=results),
-                                                                         indent=1))
+    command = " ".join(["python tests/tools/label_agreement.py", *sys.argv[1:]])
+    report = json.dumps(dict(command=command, results=results), indent=1)
+    Path(args.ckpt).with_suffix(".agreement.json").write_text(report)
 
 
 if __name__ == "__main__":

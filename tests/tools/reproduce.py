@@ -1,8 +1,8 @@
 """Test what the papers promise, on any images, with the commands a user would type.
 
-python tests/reproduce.py speedup --minutes 40 --seeds 2                      # on the built-in faces
-python tests/reproduce.py transfer --data noto-emoji-64.zip --other twemoji-64.zip --minutes 60
-python tests/reproduce.py decoder --data noto-emoji-64.zip --size 32 --each 8 --seeds 2
+python tests/tools/reproduce.py speedup --minutes 40 --seeds 2                      # on the built-in faces
+python tests/tools/reproduce.py transfer --data noto-emoji-64.zip --other twemoji-64.zip --minutes 60
+python tests/tools/reproduce.py decoder --data noto-emoji-64.zip --size 32 --each 8 --seeds 2
 
 CLAIM names a table of CLAIMS below. Each row is a way of training: stages (share of its time, flags
 of train.py), from scratch or from the checkpoint of another row, and ways of sampling. Every stage
@@ -27,7 +27,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
@@ -35,7 +35,6 @@ import torch
 from PIL import Image, ImageDraw
 
 import sample
-from train import pick_dtype
 
 DECODER = ["--decoder_depth=2", "--decoder_dim=64", "--decoder_heads=2"]
 KID = ["--metrics=fid,kid"]
@@ -103,7 +102,7 @@ CLAIMS = {
         "MaskDM 0.75": row((0.5, ["--depth=6", *masked(0.75)]), WHOLE),
         "MaskDiT 0.5": row((0.5, ["--depth=6", *masked(0.5, *DECODER)]), WHOLE),
         "MaskDiT 0.5, no reconstruction": row((0.5, ["--depth=6", *masked(0.5, *DECODER, "--mae_weight=0")]), WHOLE),
-        "sparse-dense 0.75": row((0.5, ["--depth=5", "--dense_depth=1", "--decoder_depth=1", *masked(0.75)]), WHOLE)}),
+        "routed 0.5": row((0.5, ["--depth=6", "--route=1,5", *masked(0.5)]), WHOLE)}),
     # One diffusion model, tuned in several ways, each for the time that it took itself or for --steps.
     "consistency": dict(network=DEMO, kid=True, rows={
         "diffusion": row((0.5, masked(0.75)), WHOLE, once=True, draw=[["--steps=18"]] + [
@@ -185,32 +184,19 @@ def train_for(seconds, out_dir, flags, log, curve=False, steps=None):
 
 def distances(checkpoint, name, flags, on, args, log):
     """Random-feature Frechet distance of --num samples to a set, and KID where the claim asks for it."""
-    dtype = str(pick_dtype("auto", sample.pick_device("auto")))[6:]  # on a CPU that has it twice as fast
+    dtype = str(sample.pick_dtype("auto", sample.pick_device("auto")))[6:]  # on a CPU that has it twice as fast
     call("sample.py", "--ckpt", checkpoint, f"--num={args.num}", f"--dtype={dtype}", *flags, "--out",
          f"{name}.npz", log=log)
     with np.load(f"{name}.npz") as images:
         sample.save_grid(f"{name}.png", images["arr_0"][:64])
-    found = last_json(call("fid.py", reference(on, args), f"{name}.npz", "--features=random", "--json",
-                           *(KID if CLAIMS[args.claim].get("kid") else []), log=log)[0])
+    kid = CLAIMS[args.claim].get("kid")  # which needs the images themselves
+    against = [data_set(on, args), f"--num={args.num}", *KID] if kid else [reference(on, args)]
+    found = last_json(call("fid.py", *against, f"{name}.npz", "--features=random", "--json", log=log)[0])
     return dict(fd=found["random_fd"], **{k: found[k] for k in ("kid",) if k in found})
 
 
 # ---------------------------------------------------------------------------------------------
 # Data sets and rows.
-
-
-def subset(source, folder, **chosen):
-    """A prepared set in `folder` of some images of another: `train` and `val` are numbers in its arrays."""
-    work = Path(f"{folder}.tmp")
-    shutil.copytree(source, work, dirs_exist_ok=True)
-    for split, numbers in chosen.items():
-        for name in (f"{split}.npy", f"{split}_labels.npy"):
-            if (source / name).exists():
-                np.save(work / name, np.load(source / name)[numbers])
-    meta = json.loads((source / "meta.json").read_text())
-    meta |= {f"num_{split}": len(numbers) for split, numbers in chosen.items()}
-    (work / "meta.json").write_text(json.dumps(meta | dict(hash=f"{meta['hash']}-{folder.name}")))
-    return work.rename(folder)
 
 
 def data_set(on, args):
@@ -221,7 +207,8 @@ def data_set(on, args):
     if on == "few":
         other = data_set("other", args)
         n = len(np.load(other / "train.npy", mmap_mode="r"))
-        return subset(other, folder, train=np.sort(np.random.default_rng(0).permutation(n)[: n // 10]))
+        call("prepare_data.py", other, "--num", n // 10, "--out", folder, log=log)
+        return folder
     source = args.data if on == "data" else args.other
     if source is None:
         sys.exit(f"{args.claim} needs a second data set: give --other")
@@ -235,12 +222,12 @@ def data_set(on, args):
 
 
 def reference(on, args):
-    """Statistics of the training images that samples are compared with: the first 2000, for KID --num."""
+    """Statistics of the first 2000 training images, with which samples are compared."""
     on = "other" if on == "few" else on
     path = Path(args.out, f"reference-{on}.npz")
     if not path.exists():
-        how = [*KID, f"--num={args.num}"] if CLAIMS[args.claim].get("kid") else ["--num=2000"]
-        call("fid.py", data_set(on, args), "--features=random", "--stats", path, *how, log=args.out + "/output.txt")
+        call("fid.py", data_set(on, args), "--features=random", "--stats", path, "--num=2000",
+             log=args.out + "/output.txt")
     return path
 
 
@@ -426,7 +413,7 @@ def main():
     if differ := [k for k in about if stored.get(k) != about[k]]:
         sys.exit(f"{done} has results with other {differ[0]} ({stored.get(differ[0])}): give another --out")
     data_set("data", args)
-    stored["command"] = " ".join(["python tests/reproduce.py", *(
+    stored["command"] = " ".join(["python tests/tools/reproduce.py", *(
         re.sub("(^|=)/.*/", r"\1", a) for before, a in zip(sys.argv, sys.argv[1:])  # files by their names
         if "--out" not in (before, a) and not a.startswith("--out="))])
     results = stored["results"]
