@@ -191,8 +191,7 @@ def save_grid(path, images, columns=None):
         images = images.transpose(0, 2, 3, 1)[..., : 3 if images.shape[1] >= 3 else 1]
     count, height, width, channels = images.shape
     columns, gap = columns or math.ceil(math.sqrt(count)), max(1, width // 32)
-    rows = -(-count // columns)
-    shape = gap + rows * (height + gap), gap + columns * (width + gap), channels
+    shape = gap + -(-count // columns) * (height + gap), gap + columns * (width + gap), channels
     sheet = np.full(shape, 255, np.uint8)
     for i, image in enumerate(images):
         y, x = gap + i // columns * (height + gap), gap + i % columns * (width + gap)

@@ -2,7 +2,6 @@
 
 python train.py --mask_ratio=0.9                          # stage 1 -> out/pt.pt
 python train.py --init_from=out/pt.pt                     # stage 2 -> out/ft.pt
-python train.py                                           # whole images from scratch, to compare
 python train.py --loss=consistency --init_from=out/ft.pt  # for 1 or 2 steps -> out/cm.pt
 torchrun --nproc_per_node=8 train.py --mask_ratio=0.9     # the same run on 8 GPUs
 python train.py --resume                                  # go on after an interruption
@@ -129,11 +128,10 @@ def parse(argv):
     add("keep_every", 0, "a checkpoint that stays, NAME-STEP.pt")
 
     cfg = parser.parse_args(argv)
-    gpu = sample.pick_device(cfg.device).type != "cpu"
     source, start = find_run(cfg) if cfg.resume else (None, {})
     if cfg.init_from and not source:
         start = load_checkpoint(cfg.init_from)
-    parser.set_defaults(**DEFAULTS[run_name(cfg), gpu])
+    parser.set_defaults(**DEFAULTS[run_name(cfg), sample.pick_device(cfg.device).type != "cpu"])
     if cfg.loss == "consistency":
         need_noise("edm", "--loss=consistency")
         parser.set_defaults(**CONSISTENCY[cfg.cm_preset])
@@ -224,9 +222,10 @@ class Stream:
         labels[dropped[mine]] = -1
         g = sample.seeded(cfg.seed, 2, step, device=self.device)
         noise = torch.randn(n, *clean.shape[1:], generator=g, device=self.device)[mine]
+        labels = self.move(labels) if config.num_classes else None
+        visible = None if visible is None else self.move(visible)
         return dict(index=index, clean=clean, noise=noise, sigma=self.move(sigma[mine]),
-                    labels=self.move(labels) if config.num_classes else None,
-                    visible=self.move(visible), **self.references(step))
+                    visible=visible, labels=labels, **self.references(step))
 
     def read(self, index, flip, visible=None):
         """The visible patches (None: all) of some images, new ones first, and their labels."""
@@ -253,9 +252,8 @@ class Stream:
 
     def move(self, t):
         """To the device, without waiting for a GPU."""
-        if t is None or self.device.type != "cuda":
-            return t if t is None else t.to(self.device)
-        return t.pin_memory().to(self.device, non_blocking=True)
+        cuda = self.device.type == "cuda"
+        return (t.pin_memory() if cuda else t).to(self.device, non_blocking=cuda)
 
 def validation_set(sets, config, p_mean, p_std, limit=512):
     """Whole images, noise levels (quantiles of ln sigma) and noise, the same in every run on a set.
@@ -314,6 +312,8 @@ def build(cfg, source, start, device, rank, world, say):
     names = new.meta["class_names"] or []
     old = Images(cfg.replay, "train", cfg.patch_size, names) if cfg.replay else None
     names = (old or new).meta["class_names"] or []
+    kinds = {(x.meta["size"], x.meta["channels"], not x.meta["latent"]) for x in (new, old) if x}
+    need(len(kinds) == 1, f"{cfg.data} and {cfg.replay} hold {kinds}, which can't be mixed")
     need(names or not cfg.class_cond, f"--class_cond needs labels, and {cfg.data} has none: prepare"
          " it with one sub-folder a class, or give --no-class_cond")
     latent = start["architecture"].get("latent") if start else new.meta["latent"]
@@ -366,11 +366,11 @@ def main(argv=None):
     if cfg.distill_from:
         teacher, theirs = sample.load_denoiser(cfg.distill_from, "ema", device)
         classes = (theirs.get("class_names") or []) if cfg.class_cond else []
-        need(cfg.replay and classes == names[: len(classes)] and not teacher.config.cm_segments,
-             f"{cfg.distill_from}: no --replay to teach, other classes, or no diffusion model")
-    # How many images at once: on a CPU larger tensors fall out of the caches (bench.py micro).
+        kinds = {(c.grid, c.token_dim, c.latent, c.takes_all) for c in (config, teacher.config)}
+        need(cfg.replay and classes == names[: len(classes)] and len(kinds) == 1,
+             f"{cfg.distill_from} is a model of another kind or other classes, or lacks a --replay")
     share, values = cfg.batch_size // world, max(stream.visible) * config.dim
-    fits = [m for m in range(1, share + 1) if share % m == 0 and m * values <= 2**20]
+    fits = [m for m in range(1, share + 1) if share % m == 0 and m * values <= 2**20]  # caches
     micro = cfg.micro_batch or (max(fits, default=1) if device.type == "cpu" else share)
     need(share and cfg.batch_size % (world * micro) == 0, f"batch_size {cfg.batch_size} is not "
          f"divisible by {world} processes x micro_batch {micro}: change one of the three")
@@ -420,7 +420,7 @@ def main(argv=None):
         total, n = 0.0, len(validation["clean"])
         size = max(1, min(64, micro * max(stream.visible) // config.grid**2))  # as in training
         for i in range(0, n, size):
-            part = {k: stream.move(None if t is None else t[i : i + size])
+            part = {k: None if t is None else stream.move(t[i : i + size])
                     for k, t in validation.items()}
             part["clean"] = normalised(part["clean"], config.latent)
             with autocast:
@@ -496,7 +496,7 @@ def main(argv=None):
         if cfg.sample_every and step % cfg.sample_every == 0 and rank == 0:
             grid = np.concatenate([x for _, x in sample.generate(ema, range(16), seed=cfg.seed)])
             sample.save_grid(os.path.join(cfg.out_dir, f"{name}_{step:07d}.png"), grid)
-        if not bad and (stop or last or cfg.save_every and step % cfg.save_every == 0):
+        if bad < 10 and (stop or last) or not bad and cfg.save_every and step % cfg.save_every == 0:
             save(path)
         if not bad and cfg.keep_every and step % cfg.keep_every == 0:
             save(f"{path[:-3]}-{step:07d}.pt")
@@ -507,9 +507,9 @@ def main(argv=None):
         del model  # it holds on to the process group, which must be the last to go
         dist.barrier()
         dist.destroy_process_group()
-    if bad:
-        say(f"stopped: step {step} was not finite, {path} is older. Resuming would end here again: "
-            "start from it with --init_from, and a lower --lr or with --grad_clip")
+    if bad == 10:
+        say(f"stopped: ten steps up to {step} were not finite, {path} is older. Resuming would end "
+            "here again: start from it with --init_from, and a lower --lr or with --grad_clip")
         sys.exit(3)
     if stop:
         say(f"stopped after step {step}: {path} is saved, go on with --resume")

@@ -151,7 +151,7 @@ def test_a_step_pulls_by_the_gradient_of_the_penalty_whatever_the_clipping(tasks
     monkeypatch.setattr(train, "configure_optimizers", lambda denoiser, cfg: [
         torch.optim.SGD([dict(params=list(denoiser.parameters()), initial_lr=cfg.lr)], lr=cfg.lr)])
     flags = ["--steps=1", "--warmup=0", "--lr=0.5", "--lr_schedule=constant", "--grad_clip=0.01", *MASKED]
-    free = tune(tasks, "free", *flags)["model"]
+    free = tune(tasks, "one step", *flags)["model"]
     pulled = tune(tasks, "pulled", *flags, "--l2=0.2", "--ewc=0.3", f"--anchor={tasks}/second/ft.pt",
                   f"--ewc_data={tasks}/set0,{tasks}/set1")["model"]
     start, anchor = (load_checkpoint(f"{tasks}/{name}/ft.pt")["ema"] for name in ("first", "second"))
@@ -242,7 +242,7 @@ def test_old_images_aim_at_the_teachers_answer_and_new_ones_at_themselves(tasks,
         shown = None if batch["visible"] is None else batch["visible"][i : i + 1]
         answer = teacher(noisy[None], batch["sigma"][i : i + 1], shown)[0]
         assert torch.allclose(batch["target"][i], answer, atol=1e-5)
-        assert not torch.allclose(answer, batch["clean"][i], atol=0.1)
+    assert not torch.allclose(batch["target"][7:], batch["clean"][7:], atol=0.1)
     # The loss: the mean of the new ones and 0.3 times that of the old ones, in whatever parts.
     student, _ = sample.load_denoiser(f"{tasks}/first/ft.pt")
     del batch["target"], parts[:]

@@ -1,17 +1,23 @@
 """The comparison scripts count what they say, and their commands are those of today's flags."""
 
+import importlib
+import io
 import json
 import math
 import re
+import signal
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_dataset, run
+from conftest import make_dataset
 from PIL import Image
 
 import continual
 import reproduce
+import train
 from prepare_data import open_folder
 
 
@@ -116,12 +122,59 @@ def test_a_run_that_misses_its_time_by_far_is_the_trial_of_another(tmp_path, mon
     assert (facts["steps"], facts["seconds"]) == (steps, pytest.approx(seconds)) and not list(left)
 
 
-def test_a_claim_runs_from_data_to_table_and_is_not_run_again(tmp_path):
+def test_the_ways_that_are_compared_are_told_in_flags_that_train_py_knows(tmp_path, monkeypatch):
+    monkeypatch.setattr(continual, "call", lambda *args, log: None)
+    args = type("Args", (), dict(out=str(tmp_path), num=8))
+    tasks = ["a", "b", "c"]
+    for method in continual.DEFAULT.split(","):
+        flags = continual.flags_of(method, tasks, "before.pt", tmp_path, args, None)
+        cfg, *_ = train.parse([*reproduce.QUIET, *flags])
+        assert cfg.data == ("a,b,c" if method == "joint" else "c")
+        assert bool(cfg.replay) == method.startswith(("replay", "generative"))
+        assert (cfg.distill_from == "before.pt") == ("taught" in method)
+        assert (cfg.ewc > 0, cfg.l2 > 0) == (method.startswith("ewc"), method.startswith("l2"))
+        assert not (cfg.ewc or cfg.l2) or (cfg.anchor, cfg.ewc_data) == ("before.pt", "a,b")
+    for claim in reproduce.CLAIMS.values():
+        for flags in (flags for way in claim["rows"].values() for _, flags in way["stages"]):
+            train.parse([*reproduce.QUIET, *claim["network"], *flags])
+
+
+def test_a_script_that_fails_is_quoted(tmp_path):
+    out, memory = reproduce.call("sample.py", "--help", log=tmp_path / "log")
+    assert "--cfg_scale" in out and 0.01 < memory < 10
+    with pytest.raises(SystemExit, match="sample.py failed: .*none.pt"):
+        reproduce.call("sample.py", "--ckpt", tmp_path / "none.pt", log=tmp_path / "log")
+
+
+@pytest.fixture
+def called(monkeypatch, capsys):
+    """called(module, *args) runs a comparison, and its scripts, in this process: to start one of them
+    takes longer than what is asked of it here. Returns what is printed."""
+    def call(script, *args, log):
+        out = io.StringIO()
+        with open(log, "a") as err, redirect_stdout(out), redirect_stderr(err):
+            importlib.import_module(script.removesuffix(".py")).main(list(map(str, args)))
+        return out.getvalue(), 1.0
+
+    def run(module, *args):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
+        capsys.readouterr()
+        module.main()
+        return capsys.readouterr()
+
+    for module in (reproduce, continual):
+        monkeypatch.setattr(module, "call", call)
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield run
+    for number, handler in before:  # those of train.py stay behind
+        signal.signal(number, handler)
+
+
+def test_a_claim_runs_from_data_to_table_and_is_not_run_again(tmp_path, called):
     data = make_dataset(tmp_path / "set", n=30)
-    command = [ROOT / "tests/tools/reproduce.py", "speedup", f"--data={data}", "--seeds", "1", "--num", "8", "--each", "0.03",
+    command = [reproduce, "speedup", f"--data={data}", "--seeds", "1", "--num", "8", "--each", "0.03",
                "--patch_size", "2", "--batch_size", "1", "--out", tmp_path / "out"]
-    first = run(*command)
-    assert first.returncode == 0, first.stderr
+    first = called(*command)
     stored = json.loads((tmp_path / "out/speedup.json").read_text())
     for name, sizes in (("from-scratch", {"1"}), ("two-stages", {"12", "1"})):  # of whole and of masked images
         log = (tmp_path / f"out/speedup/{name}-0/output.txt").read_text()
@@ -134,29 +187,28 @@ def test_a_claim_runs_from_data_to_table_and_is_not_run_again(tmp_path):
     assert times == sorted(times) and len(times) > 2 and all(math.isfinite(v) for _, v in two["stages"][0]["curve"])
     with Image.open(tmp_path / "out/speedup-samples.png") as lines:
         assert lines.height < lines.width  # two lines of eight samples
-    assert (tmp_path / "out/speedup-fd_curve.png").exists() and "times faster" in first.stdout
-    again = run(*command)
-    assert again.stdout == first.stdout and "from scratch, seed" not in again.stderr
-    other = run(*command, "--size", "8")
-    assert other.returncode == 1 and "give another --out" in other.stderr and "Traceback" not in other.stderr
+    assert (tmp_path / "out/speedup-fd_curve.png").exists() and "times faster" in first.out
+    again = called(*command)
+    assert again.out == first.out and "from scratch, seed" not in again.err
+    with pytest.raises(SystemExit, match="give another --out"):
+        called(*command, "--size", "8")
 
 
-def test_one_class_after_another_is_learned_and_each_judged_by_its_own_samples(tmp_path):
+def test_one_class_after_another_is_learned_and_each_judged_by_its_own_samples(tmp_path, called):
     data = make_dataset(tmp_path / "set", n=40, classes=2)
-    command = [ROOT / "tests/tools/continual.py", f"{data}:class 1", f"{data}:class 0", "--minutes", "0.01", "--num", "8",
-               "--references", "16", "--methods", "generative-1", "--out", tmp_path / "out"]
-    first = run(*command, timeout=500)
-    assert first.returncode == 0, first.stderr
+    command = [continual, f"{data}:class 1", f"{data}:class 0", "--minutes", "0.01", "--num", "8", "--references", "16",
+               "--methods", "generative-1+taught", "--out", tmp_path / "out"]
+    first = called(*command)
     stored = json.loads((tmp_path / "out/continual.json").read_text())
     (result,) = stored["results"]
     assert stored["tasks"] == ["class 1", "class 0"] and [len(row) for row in result["matrix"]] == [1, 2]
     assert len(result["report"]) == 2 and str(tmp_path) not in json.dumps(stored)
-    generated, labels, meta = open_folder(tmp_path / "out/generative-1-0/task1/generated")
+    generated, labels, meta = open_folder(tmp_path / "out/generative-1+taught-0/task1/generated")
     assert len(generated) + meta["num_val"] == 8 and set(labels) == {0} and meta["class_names"] == ["class 1"]
     for c in (0, 1):
         images, labels, meta = open_folder(tmp_path / f"out/class {c}")
         assert meta["class_names"] == [f"class {c}"] and set(labels) == {0} and len(images) == 20
-    again = run(*command)
-    assert again.stdout == first.stdout and "class 1 after class 0" in first.stdout
-    wrong = run(*command[:1], f"{data}:cats", "--out", tmp_path / "else")
-    assert wrong.returncode == 1 and "--classes cats: expected some of class " in wrong.stderr
+    again = called(*command)
+    assert again.out == first.out and "class 1 after class 0" in first.out
+    with pytest.raises(SystemExit, match="--classes cats: expected some of "):
+        called(continual, f"{data}:cats", "--out", tmp_path / "else")

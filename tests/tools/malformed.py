@@ -1,12 +1,18 @@
-"""Malformed input campaign: every script refuses with one sentence, or does all of its work.
+"""Malformed input campaign: nothing hangs, is left half done, runs code or is wrong without a word.
 
-python tests/malformed.py [--cases 200] [--seed 0] [--only NUMBER]      # 0: all cases, some 1,000
+python tests/tools/malformed.py [--cases 200] [--seed 0] [--only NUMBER]   # 0: all cases, some 1,000
 
 A case is a tree of files, made from sound ones, and a command line that reads it. `main` is called
-in this process; for one case of each route the script is run as a user runs it. Faults are
-  traceback   it left neither with success nor with one sentence and exit code 1
+in this process; for one case of each route the script is run as a user runs it. A case may end in
+  accepted    with success and all of the output
+  sentence    with one sentence and exit code 1
+  error       loudly and at once in an error of Python, numpy or torch, which names what is wrong
+and these are faults:
   hang        it took longer than LIMIT seconds
-  left-over   a refusal changed the folder, or a success left temporary files or half an output
+  crash       the process died without a word of Python
+  left-over   a refusal or an error changed the folder (but that a run of train.py which had begun
+              has a log.jsonl), or a success lost or changed what it read, or left temporary files
+              or half an output
   payload     code out of a file ran: it makes a folder called canary
   misjudged   it accepted nonsense, or refused what is sound but for a file that can be left out
 """
@@ -18,13 +24,13 @@ import json
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-import traceback
 import warnings
 import zipfile
 import zlib
@@ -35,10 +41,11 @@ from struct import pack
 
 import numpy as np
 import torch
-from conftest import ROOT, TINY, make_dataset
 from PIL import Image
 
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from conftest import ROOT, TINY, make_dataset
+
 import fid
 import prepare_data
 import sample
@@ -46,11 +53,13 @@ import train
 from model import load_checkpoint
 
 LIMIT, HUGE, DROP = 20, 100_000, object()
-FAULTS = ["traceback", "hang", "left-over", "payload", "misjudged"]
+NOT_FINITE = 3  # the exit code of training that did not stay finite
+FAULTS = ["hang", "crash", "left-over", "payload", "misjudged"]
 
 # Routes into the scripts. IN is what is under test, SOUND a folder of what is not.
 TRAIN = [*TINY, "--batch_size=4", "--steps=2"]
-FID = ["SOUND/set", "--no-cache", "--steps=1", "--num=4", "--batch_size=4", "--stats=IN.out.npz"]
+GO_ON = TRAIN[4:]  # the architecture is that of the checkpoint
+FID = ["SOUND/set", "--batch_size=4", "--stats=IN.out.npz"]
 ROUTES = {  # name: (main, command line, what it writes)
     "prepare_data.py": (prepare_data.main, ["IN", "--out=IN.out", "--size=8"], "IN.out"),
     "prepare_data.py --labels": (
@@ -58,13 +67,14 @@ ROUTES = {  # name: (main, command line, what it writes)
     "train.py --data": (
         train.main, ["--data=IN", "--class_cond", "--out_dir=IN.out", *TRAIN], "IN.out/ft.pt"),
     "train.py --init_from": (train.main, ["--data=SOUND/set", "--init_from=IN/ft.pt",
-                                          "--out_dir=IN.out", *TRAIN], "IN.out/ft.pt"),
+                                          "--out_dir=IN.out", *GO_ON], "IN.out/ft.pt"),
     "train.py --resume": (
-        train.main, ["--data=SOUND/set", "--out_dir=IN", *TRAIN, "--resume"], "IN/ft.pt"),
+        train.main, ["--data=SOUND/set", "--out_dir=IN", *GO_ON, "--resume"], "IN/ft.pt"),
     "sample.py": (
         sample.main, ["--ckpt=IN/ft.pt", "--out=IN.out.png", "--num=2", "--steps=2"], "IN.out.png"),
     "fid.py": (fid.main, ["IN", *FID, "--features=SOUND/net.ts"], "IN.out.npz"),
-    "fid.py CHECKPOINT": (fid.main, ["IN/ft.pt", *FID, "--features=SOUND/net.ts"], "IN.out.npz"),
+    "fid.py CHECKPOINT": (
+        fid.main, ["IN/ft.pt", *FID, "--features=SOUND/net.ts", "--num=4", "--steps=1"], "IN.out.npz"),
     "fid.py --features": (fid.main, ["SOUND/set", *FID, "--features=IN"], "IN.out.npz"),
 }
 PREPARE, LABELS, DATA, INIT, RESUME, SAMPLE, MEASURE, DRAW, FEATURES = ROUTES
@@ -77,10 +87,14 @@ def check_output(path):
     elif path.endswith(".png"):
         Image.open(path).load()
     elif path.endswith(".npz"):
-        assert fid.load_stats(path)["n"] >= 2
+        stored = np.load(path)
+        assert stored["sigma"].shape == 2 * stored["mu"].shape and stored["n"] != 1  # 0: not known
+        assert np.isfinite(stored["sigma"]).all()
     else:
-        assert set(os.listdir(path)) <= prepare_data.OUTPUTS
-        assert all(len(prepare_data.open_dataset(path, split)[0]) for split in ("train", "val"))
+        sets = [prepare_data.Images(path, split) for split in ("train", "val")]
+        named = ["train_labels.npy", "val_labels.npy"] * bool(sets[0].meta["class_names"])
+        assert set(os.listdir(path)) == {"train.npy", "val.npy", "meta.json", *named}
+        assert all(len(x) and (x.labels >= 0).all() >= bool(named) for x in sets)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -246,39 +260,37 @@ def make_groups(good, rng):
         **{f"{d} {s}": npy(np.ones(s).astype(d)) for d, s in [
             ("U3", (4, 8, 8, 3)), ("c8", (4, 3, 8, 8)), ("?", (4, 8, 8, 3)), ("i8", (4, 8, 8, 3)),
             ("M8[s]", (4, 8, 8, 3)), ("u1", (0, 8, 8, 3)), ("u1", (4, 0, 0, 3)), ("u1", (4, 8)),
-            ("u1", (1, 4, 8, 8, 3)), ("u1", (4, 3, 8, 8)), ("f4", (4, 3, 8, 9)),
-            ("f8", (4, 3, 8, 8))]},
+            ("u1", (1, 4, 8, 8, 3)), ("u1", (4, 3, 8, 8)), ("f4", (4, 3, 8, 9))]},
         "NaN": npy(np.full((4, 3, 8, 8), nan)), "beyond float32": npy(np.full((4, 3, 8, 8), 1e300)),
         "huge": header(shape=(10**17, 8, 8, 3)), "negative": header(shape=(-4, 8, 8, 3)),
         "odd dtype": header(descr="|xyz"), "code": npy_header("__import__('os').mkdir('canary')"),
         "version 9": npy_header("{}", 9), "long header": npy_header("{" + " " * 60_000),
         "deep header": npy_header("(" * 9000)}
-    labels = {
-        **{f"{v}"[:30]: npy(np.array(v)) for v in (
-            list(range(7)), list(range(-1, 7)), [0.0] * 8, [[1]] * 8, [10**12] * 8, ["cat"] * 8,
-            [True] * 8, [2**64 - 1] * 8)}, "objects": npy(np.array([Bomb()] * 8))}
+    def labels(n, **more):  # which are none of n images of three classes
+        table = {f"{v}"[:30]: npy(np.array(v)) for v in (
+            list(range(n - 1)), [-2] * n, [0.0] * n, [[1]] * n, ["cat"] * n, [True] * n)}
+        return table | {"objects": npy(np.array([Bomb()] * n)), **more}
+
     stats = {
         f"{a}"[:30]: npz(**{"mu": np.zeros(12), "sigma": np.eye(12), **a}) for a in (
-            {"mu": np.full(12, nan)}, {"sigma": np.ones((12, 5))}, {"mu": np.array(["x"] * 12)},
+            {"sigma": np.full((12, 12), nan)}, {"sigma": np.ones((12, 5))}, {"mu": np.array(["x"] * 12)},
             {"sigma": np.array([Bomb()], object)}, {"mu": np.zeros(7)}, {"n": np.array("many")},
-            {"n": -1}, {"net": np.array("clip 00")}, {"mu": np.zeros(3), "sigma": np.eye(3)},
+            {"net": np.array("clip 00")}, {"mu": np.zeros(3), "sigma": np.eye(3)},
             {"mu": np.zeros(0), "sigma": np.zeros((0, 0))})}
     tables = {text[:30]: text.encode() for text in (
         '{"labels": [["0.png", 0]', "\0\1", '{"labels": 3}', '{"labels": {"0.png": 0}}',
         '{"labels": [["0.png", 0, 0]]}', '{"labels": [[["0.png"], 0]]}',
         '{"labels": [["x.png", 0]]}', "[" * 99_999)}
-    tables |= {f"label {v}": json.dumps({"labels": [[f"{i}.png", v] for i in range(5)]}).encode()
-               for v in (-1, 0.5, "cat", [0], None, 10**30, nan, {})}
+    names_of = {f"label {v}": json.dumps({"labels": [[f"{i}.png", v] for i in range(5)]}).encode()
+                for v in (-1, 0.5, "cat", 10**30)}
     metas = {"cut": b"{", "list": b"[1]", "deep": b"[" * 99_999, "bytes": b"\xff\xfe", **{
         f"{c}"[:40]: meta(**c) for c in (
             {"size": "16"}, {"size": -16}, {"size": DROP}, {"num_train": -1}, {"num_val": 10**9},
-            {"channels": None}, {"dtype": "object"}, {"sigma_data": 0.0}, {"sigma_data": nan},
-            {"sigma_data": "x"}, {"sigma_data": DROP}, {"class_names": "abc"},
-            {"class_names": None}, {"class_names": [1, 2, 3]}, {"class_names": ["a"]},
-            {"hash": [1]}, {"hash": DROP})}}
+            {"channels": None}, {"dtype": "object"}, {"class_names": ["a"]},
+            {"class_names": None}, {"class_names": DROP}, {"dtype": "float32"})}}
     folders = {
         **{f"meta {k}": files | {"in/meta.json": v} for k, v in metas.items()},
-        **{f"labels {k}": prepared(train_labels=v) for k, v in labels.items()},
+        **{f"labels {k}": prepared(train_labels=v) for k, v in labels(24, beyond=npy([3] * 24)).items()},
         **{f"images {k}": prepared(train=v) for k, v in arrays.items()},
         **{f"no {k}": prepared(**{k: DROP})
            for k in ("train", "val", "train_labels", "val_labels")},
@@ -299,7 +311,7 @@ def make_groups(good, rng):
     empty = {"in.zip empty": zipped({}), "in.zip in zip": zipped({"a.zip": good["a.zip"]}),
              "in.zip ../": zipped({"../a.png": good["a.png"]}), "in.zip of tar": good["a.tar"],
              "in.tar empty": tarred({}), "in.tar huge": tarred({}, size=10**15),
-             "in.tar of zip": good["a.zip"], "in.tgz plain": good["a.tar"],
+             "in.tar of zip": good["a.zip"],
              "in.tgz twice": gzip.compress(good["a.tgz"])}
     cifars = {f"{c}"[:40]: cifar(**c) for c in (
         {"test_batch": Bomb()}, {"batches.meta": Bomb()}, {"batches.meta": DROP},
@@ -314,25 +326,27 @@ def make_groups(good, rng):
         "old-style bomb": saved(Bomb(), _use_new_zipfile_serialization=False),
         "state dict": saved(template["ema"]), "module": saved(torch.nn.Linear(3, 3)),
         "TorchScript": good["net.ts"], "other zip": good["a.zip"], "empty zip": zipped({}),
-        "no tensors": checkpoint(ema={}, model={}), "lists": checkpoint(ema=[1], model=[1]),
+        "no tensors": checkpoint(ema={}, model={}), **{
+            f"architecture {v}": checkpoint(architecture=v) for v in (None, [], "dim")},
+        "lists": checkpoint(ema=[1], model=[1]),
         **{f"weights {name}": weights(net_embed_bias=v) for name, v in {
-            "missing": DROP, "wrong shape": torch.ones(3, 3), "NaN": tensor * nan,
-            "complex": tensor * 1j, "infinite": tensor - torch.inf, "text": "x"}.items()},
-        "one more tensor": weights(x=tensor),
-        **{f"no {k}": checkpoint(**{k: DROP})
-           for k in ("model", "ema", "architecture", "config", "step")},
-        **{f"architecture {v}": checkpoint(architecture=v)
-           for v in (None, [], {}, "dim", {"dim": 32})},
+            "missing": DROP, "wrong shape": torch.ones(3, 3), "text": "x"}.items()},
+        "one more tensor": weights(x=tensor), "another noise model": checkpoint(noise="flow"),
+        **{f"no {k}": checkpoint(**{k: DROP}) for k in ("ema", "architecture", "config", "step")}}
+    architectures = {
+        **{f"{v}": checkpoint(architecture=v) for v in ({}, {"dim": 32})},
         **{f"{k} {v}": checkpoint(architecture=template["architecture"] | {k: v}) for k, values in {
-            "dim": (64, "x", 0, -32, 32.0, 8 * 10**9, None), "depth": (3, -1, 10**9, [2]),
-            "heads": (0, -2, 3), "patch_size": (0, -4, 8), "image_size": (0, -16, 4 * 10**9, 17),
-            "channels": (0, "3"), "num_classes": (-1, 10**12, 1.5),
-            "known_classes": ((5,), (-1,), ([0],), "0", [0], (0.0,), None),
-            "sigma_data": (0.0, "x", nan, -1.0)}.items() for v in values}}
+            "dim": (64, "x", 0, -32, 32.0, 8 * 10**9, None), "depth": (3, -1, [2]),
+            "heads": (0, -2, 3), "patch_size": (0, -4, 8), "image_size": (-16, 17),
+            "channels": (0, "3"), "num_classes": (-1, 10**12, 1.5), "route": ((1, 9), "x"),
+            "sigma_data": (0.0, "x", nan, 1.5), "latent": ("x", [[0.0] * 2, [1.0] * 2])}.items()
+           for v in values}}
     states = {f"{k} {v}"[:40]: checkpoint(**{k: v}) for k, values in {  # not all scripts read them
         "config": (None, [], {}, {"colour": 1}, {"steps": "many"}, {"lr": None}, {"ema": -4}),
-        "step": ("x", -1, 1.5, None), "optimizer": (None, {}, {"state": 1}, DROP),
-        "run_id": (3, DROP), "data_hash": (DROP,), "class_names": (DROP,)}.items() for v in values}
+        "step": ("x", -1, 1.5, None), "optimizer": (None, {}, [{"state": 1}], DROP),
+        "class_names": (DROP, ["a"], 3), "model": (DROP, {})}.items() for v in values}
+    states |= {f"weights {name}": weights(net_embed_bias=v) for name, v in {
+        "NaN": tensor * nan, "complex": tensor * 1j, "infinite": tensor - torch.inf}.items()}
     names = ("a b", "line\nbreak", "ünï 中", "'\"$(x)`;&", "%s{0}", os.fsdecode(b"\xff"), " ",
              "a" * 120, "...", "#?*")
 
@@ -346,25 +360,31 @@ def make_groups(good, rng):
         ("image, huge header", "refuse", [PREPARE, MEASURE], at("in/x.png", huge)),
         *(("archive, damaged", "any", [PREPARE, MEASURE], damaged([f"a.{s}"], f"in.{s}"))
           for s in ("zip", "tar", "tgz")),
-        *(("archive, odd entry", verdict, [route], at("in.zip", odd_zips) | at("in.tar", odd_tars))
+        *(("archive, odd entry", verdict, [route], at("in.zip", odd_zips))
           for verdict, route in (("accept", PREPARE), ("any", MEASURE))),
+        ("archive, odd entry", "any", [PREPARE, MEASURE], at("in.tar", odd_tars)),
+        ("archive, odd suffix", "accept", [PREPARE, MEASURE], at("in.tgz", {"plain": good["a.tar"]})),
         ("archive, no images", "refuse", [PREPARE, MEASURE],
          {k: {k[:6]: v} for k, v in empty.items()}),
         ("archive, CIFAR", "refuse", [PREPARE], at("in.tar", cifars)),
         ("dataset.json", "refuse", [PREPARE], at("in/dataset.json", tables, five)),
+        ("dataset.json", "accept", [PREPARE], at("in/dataset.json", names_of, five)),
         ("array, damaged", "any", [PREPARE], damaged(["images.npy", "latents.npy"], "in.npy")),
         ("array, damaged", "any", [PREPARE, MEASURE], damaged(["a.npz"], "in.npz")),
         ("array, nonsense", "refuse", [PREPARE], at("in.npy", arrays)),
         ("array, nonsense", "refuse", [PREPARE, MEASURE],
          at("in.npz", {k: npz(arr_0=v) for k, v in arrays.items()})),
-        ("labels", "refuse", [LABELS], at("in.npy", labels)),
+        ("labels", "refuse", [LABELS], at("in.npy", labels(8, none=npy([-1] * 8)))),
         ("statistics", "refuse", [MEASURE], at("in.npz", stats)),
         *(("prepared, damaged", "any", [DATA, MEASURE], damaged([f], f"in/{f}", files))
           for f in ("meta.json", "train.npy", "train_labels.npy")),
         ("prepared, nonsense", "refuse", [DATA], folders),
         ("prepared, nonsense", "any", [MEASURE], folders),
         ("checkpoint, damaged", "any", readers, damaged(["ft.pt"], "in/ft.pt")),
-        ("checkpoint, nonsense", "refuse", readers, at("in/ft.pt", checkpoints)),
+        ("checkpoint, nonsense", "refuse", readers[1:], at("in/ft.pt", checkpoints)),
+        ("checkpoint, nonsense", "any", [INIT], at("in/ft.pt", checkpoints)),  # it tells what is new
+        ("checkpoint, architecture", "refuse", [SAMPLE, DRAW], at("in/ft.pt", architectures)),
+        ("checkpoint, architecture", "any", [INIT, RESUME], at("in/ft.pt", architectures)),
         ("checkpoint, odd state", "any", readers, at("in/ft.pt", states)),
         ("features", "refuse", [FEATURES],
          at("in.ts", {"bomb": saved(Bomb()), "tar": good["a.tar"]})),
@@ -402,7 +422,7 @@ def ring(*_):
 
 
 def call(main, argv):
-    """-> what main(argv) leaves with: 0, its sentence, "hang" or a traceback."""
+    """-> what main(argv) leaves with: 0, its sentence, "hang" or an exception."""
     before = signal.signal(signal.SIGALRM, ring)
     out = io.TextIOWrapper(io.BytesIO(), "ascii", "backslashreplace")  # what LANG=C is at worst
     signal.alarm(LIMIT)
@@ -414,8 +434,8 @@ def call(main, argv):
         return e.code or 0
     except TooLong:
         return "hang"
-    except BaseException:  # noqa: BLE001 (that is what this looks for)
-        return traceback.format_exc()
+    except Exception as e:  # noqa: BLE001 (that is what this looks for)
+        return e
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
@@ -428,10 +448,10 @@ def run_script(script, argv):
                               check=False, timeout=3 * LIMIT)
     except subprocess.TimeoutExpired:
         return "hang"
-    text = done.stderr.decode(errors="replace").strip()
-    if done.returncode > 1 or done.returncode < 0 or "Traceback (" in text:
-        return f"{text}\nexit code {done.returncode}"
-    return done.returncode and (text.splitlines() or ["no sentence\n\n"])[-1]
+    lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no word\n"]
+    if done.returncode == 1 and "Traceback (most recent call last):" in lines:
+        return RuntimeError(lines[-1])
+    return lines[-1] if done.returncode == 1 else done.returncode
 
 
 def contents(folder):
@@ -454,17 +474,21 @@ def judge(case, sound, folder, as_user=False):
     tempfile.tempdir = str(folder / "tmp")
     try:
         code = run_script(route.split()[0], argv) if as_user else call(main, argv)
-        said, after = str(code), contents(folder)
-        lines = said.replace(top, "IN").replace(ascii(top)[1:-1], "IN").splitlines()
+        said, after = f"{type(code).__name__}: {code}" if code else "", contents(folder)
         if code == "hang":
             return "hang", ""
         if any(path.endswith("canary") for path in after):
             return "payload", said
-        if code and (not isinstance(code, str) or len(lines) != 1 or len(said) > 2000):
-            return "traceback", said
+        if isinstance(code, int) and code not in (0, NOT_FINITE):
+            return "crash", said
         temporary = [path for path in after if path.endswith(".tmp")] + os.listdir("tmp")
-        if temporary or code and after != before:
-            return "left-over", f"{said} {sorted(set(after) - set(before))}"
+        changed = {path for path in {*before, *after} if before.get(path) != after.get(path)}
+        if "train.py" in route:
+            run = os.path.dirname(folder / output.replace("IN", top))
+            changed -= {run, f"{run}/log.jsonl"}
+        spoilt = changed & before.keys() if route != RESUME else before.keys() - after.keys()
+        if temporary or spoilt or code and changed:
+            return "left-over", f"{said} {sorted(changed)}"
         if not code:
             try:
                 check_output(output.replace("IN", top))
@@ -472,26 +496,33 @@ def judge(case, sound, folder, as_user=False):
                 return "left-over", f"half an output: {e!r}"
         if verdict != "any" and (verdict == "accept") == bool(code):
             return "misjudged", said
-        return "refused" if code else "accepted", said
+        lines = said.replace(top, "IN").replace(ascii(top)[1:-1], "IN").splitlines()
+        if isinstance(code, Exception) or len(lines) > 1 or len(said) > 2000:
+            return "error", said
+        return "sentence" if code else "accepted", said
     finally:
         os.chdir(here[0])
         tempfile.tempdir = here[1]
 
 
 def campaign(folder, seed=0, count=None, only=None, as_user=True):
-    """-> Counter of (route, kind, outcome), a line for each fault, number of processes."""
+    """-> Counter of (route, kind, outcome), a line for each fault, a Counter of the errors, number
+    of cases that were run as a user runs them."""
     (folder / "sound").mkdir()
     cases = make_cases(sound_files(folder / "sound"), seed, count)
     users = {c[3]: c[0] for c in reversed(cases) if c[2] == "refuse"}.values() if as_user else ()
-    counts, faults = Counter(), []
+    counts, faults, errors = Counter(), [], Counter()
     for case in cases:
         number, kind, _, route, variant, _ = case
         if only in (None, number):
             outcome, said = judge(case, folder / "sound", folder / str(number), number in users)
             counts[route, kind, outcome] += 1
             if outcome in FAULTS:
-                faults.append(f"case {number}, {route}, {kind}, {variant!r}: {outcome}: {said}")
-    return counts, faults, len(users)
+                faults.append(f"case {number}, {route}, {kind}, {variant!r}: {outcome}: {said[:1000]}")
+            if outcome == "error":
+                said = re.sub(r"\S*/\S*", "PATH", " ".join(said.split()))
+                errors[f"{route}, {kind}: {re.sub('[0-9]+', 'N', said)[:90]}"] += 1
+    return counts, faults, errors, len(users)
 
 
 def main(argv=None):
@@ -503,13 +534,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     started = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        counts, faults, users = campaign(Path(folder).resolve(), args.seed, args.cases, args.only)
-    columns = ["refused", "accepted", *FAULTS]
-    print("| script | kind | cases |", " | ".join(columns), "|\n|---|---|" + "---:|" * 8)
+        counts, faults, errors, users = campaign(Path(folder).resolve(), args.seed, args.cases, args.only)
+    columns = ["accepted", "sentence", "error", *FAULTS]
+    print("| script | kind | cases |", " | ".join(columns), "|\n|---|---|" + "---:|" * 9)
     for row in sorted({key[:2] for key in counts}) + [("all", "")]:
         n = [sum(v for k, v in counts.items() if k[2] == c and row in (k[:2], ("all", "")))
              for c in columns]
         print(f"| {row[0]} | {row[1]} | {sum(n)} |", " | ".join(map(str, n)), "|")
+    print("\nErrors of Python, numpy and torch:")
+    print(*(f"{n:4} {error}" for error, n in sorted(errors.items())), sep="\n")
     print(f"\n{users} of them run as a user does; {time.time() - started:.0f} s", *faults, sep="\n")
     sys.exit(bool(faults))
 
