@@ -105,7 +105,8 @@ def open_folder(folder, split="train"):
         labels = np.load(f"{folder}/{split}_labels.npy")
     found = [*images.shape, str(images.dtype), len(labels)]
     n, size, channels, dtype = (meta[k] for k in (f"num_{split}", "size", "channels", "dtype"))
-    need(found == [n, size, size, channels, dtype, n] and (dtype == "uint8" or meta["latent"]),
+    need(found == [n, size, size, channels, dtype, n] and (dtype == "uint8" or meta["latent"])
+         and -1 <= labels.min() and labels.max() < len(meta["class_names"] or [0]),
          f"{folder}/{split}.npy is {found}, which is not what meta.json says: make the set again")
     return images, labels, meta
 
@@ -255,9 +256,10 @@ def iter_images(source, order, rejects, size=None, channels=3, fit="crop", backg
 def to_pixels(item, size, channels, fit, background):
     """A binary file or an array -> uint8 (H,W,channels); latents are only checked."""
     if isinstance(item, np.ndarray) and item.dtype.kind == "f":
+        item = np.ascontiguousarray(item, np.float32)
         if not np.isfinite(item).all() or size not in (None, item.shape[0]):
             raise ValueError(f"a latent of side {item.shape[0]} cannot be resized or infinite")
-        return np.ascontiguousarray(item, np.float32)
+        return item
     image = to_image(item) if isinstance(item, np.ndarray) else Image.open(item, formats=FORMATS)
     image = ImageOps.exif_transpose(image)  # decodes everything: a truncated file fails here
     if image.mode == "F":

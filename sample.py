@@ -4,7 +4,7 @@ python sample.py --ckpt out/ft.pt                                        # out/s
 python sample.py --ckpt out/ft.pt --labels cat,dog --cfg_scale 2         # classes, guided
 python sample.py --ckpt out/cm.pt --steps 2                              # a consistency model
 python sample.py --ckpt out/ft.pt --num 50000 --out out/samples.npz      # arr_0 uint8 (N, H, W, C)
-torchrun --nproc_per_node=8 sample.py --ckpt out/ft.pt --num 50000 --out out/pngs   # a folder
+torchrun --nproc_per_node=8 -- sample.py --ckpt out/ft.pt --num 50000 --out out/pngs   # a folder
 
 Image i depends on (seed, i) alone, whatever the batch size and the number of processes. A run that
 writes a folder or .npz goes on where it was interrupted when the same command is given again.
@@ -172,8 +172,7 @@ def write_all(out, batches, num, batch_size, describe, class_names, rank, world)
         replace_file(out, lambda f: np.savez(f, **arrays))
         shutil.rmtree(work)
 
-def meet():
-    """All processes wait for each other."""
+def meet():  # all processes wait for each other
     if dist.is_initialized():
         dist.barrier()
 

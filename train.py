@@ -7,8 +7,8 @@ torchrun --nproc_per_node=8 train.py --mask_ratio=0.9     # the same run on 8 GP
 python train.py --resume                                  # go on after an interruption
 
 Both stages are the loop at the end of this file; stage 2 is stage 1 with everything visible. Every
-draw of step n comes from generators seeded by (seed, n), for the global batch: resuming is exact,
-and the number of processes changes nothing but speed.
+draw of step n comes from generators seeded by (seed, use, n), for the global batch: resuming is
+exact, and the number of processes changes speed and rounding alone.
 """
 
 import json
@@ -37,10 +37,10 @@ from model import (NOISE, P_MEAN, P_STD, PRESETS, Denoiser, ModelConfig,
                    sample_visible, save_checkpoint, sigma_of, teach)
 from prepare_data import Images, Parser, need
 
-# ---- Settings. What is typed wins, then the checkpoint that is taken up, then these tables.
+# ---- Settings: typed, else the resumed run's, else CONSISTENCY, DEFAULTS, those in parse().
 GPU = dict(preset="maskdm-64", beta1=0.99, lr=2e-4, steps=100_000, lr_schedule="constant",
-           eval_every=2000, save_every=2000)  # MaskDM's batch and optimizer at 64 px
-DEFAULTS = {  # (stage, whether on a GPU); on two cores both stages take ten minutes
+           eval_every=2000, save_every=2000)  # MaskDM's settings at 64 px
+DEFAULTS = {  # (stage, whether on a GPU); on two cores ten minutes for both stages
     ("pt", False): dict(batch_size=48, steps=2500, lr=4e-3, lr_schedule="constant"),
     ("ft", False): dict(eval_every=1400, sample_every=1400, save_every=1400),
     ("cm", False): dict(batch_size=32, steps=1200, eval_every=400, sample_every=400,
@@ -59,7 +59,7 @@ CONSISTENCY = {  # ECT, arXiv 2406.14548, appendix (its networks have dropout, t
 }
 ARCHITECTURE = ("dim", "depth", "heads", "patch_size", "decoder_depth", "decoder_dim",
                 "decoder_heads", "route")
-HERE = ("resume", "device", "compile")  # of this machine and call, not of the run
+LOCAL = ("resume", "device", "compile")  # of this machine and call, not of the run
 
 def parse(argv):
     """-> settings; the path of the checkpoint to resume, or None; what to start from, or {}."""
@@ -69,32 +69,32 @@ def parse(argv):
     add("out_dir", "out", "folder for checkpoints, samples and log.jsonl")
     add("init_from", None, "start from the weights of this checkpoint")
     add("init_weights", "ema", "which of its weights", choices=("ema", "raw"))
-    add("resume", None, "go on with the last run; 'auto': if there is one", nargs="?", const="last")
+    add("resume", None, "go on with a run", nargs="?", const="last", choices=("last", "auto"))
     add("mask_ratio", 0.0, "share of the patches hidden; > 0 is stage 1")
     add("mask_ratio_end", None, "share at the end, if another", type=float)
-    add("mask_schedule", "cosine4", "way there: linear, or cosineK for cos(pi/2 x)^K")
-    add("mask_type", "block", "what is hidden: patch, block, or all but a crop")
+    add("mask_schedule", "cosine4", "in between: linear, or cosineK for cos(pi/2 x)^K")
+    add("mask_type", "block", "what is hidden: patch, block; crop: all but one square")
     add("block_size", 2, "patches a side of a hidden block")
     add("preset", "demo", "network size", choices=tuple(PRESETS))
     for name in ARCHITECTURE[:-1]:
         add(name, getattr(ModelConfig, name), "as in ModelConfig; overrides the preset")
-    add("route", (), "A,B: the blocks A to B - 1 see the visible patches alone (TREAD)",
-        type=lambda text: tuple(map(int, text.split(","))))
+    add("route", (), "A,B: the blocks A to B - 1 see visible patches only (TREAD)",
+        type=lambda text: tuple(map(int, text.split(","))) if text else ())
     add("mae_weight", 0.1, "weight of the reconstruction of hidden patches")
     add("class_cond", False, "condition on the labels of the data set")
     add("label_dropout", 0.1, "share replaced by the null class")
     add("loss", "diffusion", "what is learned", choices=("diffusion", "consistency"))
     add("cm_preset", "cifar10", "ECT's settings for", choices=tuple(CONSISTENCY))
     add("cm_stages", 4, "stages; the last pairs of noise levels have 1 - r/t = cm_q^-stages")
-    add("cm_q", 2.0, "the gap 1 - r/t shrinks so much a stage")
-    add("cm_k", 8.0, "how much wider the gap is at low noise; 0: alike")
+    add("cm_q", 2.0, "1 - r/t shrinks by this factor a stage")
+    add("cm_k", 8.0, "how much wider 1 - r/t is at low noise; 0: equal")
     add("cm_b", 1.0, "how fast that falls with the noise level")
     add("cm_smooth", False, "close the pairs in every step rather than by stages")
     add("cm_c", 0.0, "constant of the pseudo-Huber distance")
     add("cm_weight", "gap", "1/(t - r), or 1/t^2 + 1/sigma_data^2", choices=("gap", "edm"))
     add("cm_segments", 1, "segments of the noise levels, one sampling step each")
-    add("ref_batch", 0, "images whose mean directs the target (SCT); 0: one (ECT)")
-    add("replay", None, "old prepared sets, with commas, in every batch")
+    add("ref_batch", 0, "images averaged for the target (SCT); 0: none (ECT)")
+    add("replay", None, "old prepared sets, comma-separated, in every batch")
     add("replay_frac", 0.5, "share of a batch that is old")
     add("replay_coef", 1.0, "weight of the old images' loss")
     add("distill_from", None, "checkpoint whose answers are the targets of the old images")
@@ -102,8 +102,8 @@ def parse(argv):
     add("l2", 0.0, "strength of the pull, the same for all weights")
     add("ewc", 0.0, "strength by the importance of each weight (Fisher information)")
     add("ewc_data", None, "sets to estimate the importance on; default: those of the anchor's run")
-    add("batch_size", 4, "images a step, over all processes")
-    add("micro_batch", 0, "images at once; 0: all, a cacheful on a CPU")
+    add("batch_size", 4, "images per step, in all processes")
+    add("micro_batch", 0, "images per pass; 0: all, on a CPU by its caches")
     add("steps", 4200, "optimizer steps of the whole run")
     add("optimizer", "adamw", "optimizer", choices=("adamw", "radam"))
     add("lr", 2e-3, "learning rate")
@@ -121,24 +121,24 @@ def parse(argv):
     add("compile", False, "torch.compile; on a GPU with Triton by default")
     add("device", "auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     add("seed", 0, "of every random draw")
-    add("log_every", 10, "steps between two lines in log.jsonl; 0: never, as for all of these")
-    add("eval_every", 500, "validation loss")
-    add("sample_every", 0, "a grid of samples in out_dir")
-    add("save_every", 500, "a checkpoint; there is always one at the end")
-    add("keep_every", 0, "a checkpoint that stays, NAME-STEP.pt")
+    add("log_every", 10, "steps between two lines in log.jsonl; 0: never, so below too")
+    add("eval_every", 500, "steps between validations")
+    add("sample_every", 0, "steps between grids of samples in out_dir")
+    add("save_every", 500, "steps between checkpoints; there is always one at the end")
+    add("keep_every", 0, "steps between checkpoints that stay, NAME-STEP.pt")
 
     cfg = parser.parse_args(argv)
+    kind = sample.pick_device(cfg.device).type
     source, start = find_run(cfg) if cfg.resume else (None, {})
-    if cfg.init_from and not source:
-        start = load_checkpoint(cfg.init_from)
-    parser.set_defaults(**DEFAULTS[run_name(cfg), sample.pick_device(cfg.device).type != "cpu"])
+    start = start or (load_checkpoint(cfg.init_from) if cfg.init_from else {})
+    parser.set_defaults(**DEFAULTS[run_name(cfg), kind != "cpu"])
     if cfg.loss == "consistency":
         need_noise("edm", "--loss=consistency")
         parser.set_defaults(**CONSISTENCY[cfg.cm_preset])
     sizes = start.get("architecture") or PRESETS[parser.parse_args(argv).preset]
     parser.set_defaults(**{k: sizes[k] for k in ARCHITECTURE if k in sizes},
                         class_cond=sizes.get("num_classes", 0) > 0,
-                        compile=torch.cuda.is_available() and find_spec("triton") is not None)
+                        compile=kind == "cuda" and find_spec("triton") is not None)
     if source:
         parser.set_defaults(**start["config"] | dict(out_dir=os.path.dirname(source)))
     cfg = parser.parse_args(argv)
@@ -152,10 +152,10 @@ def run_name(cfg):
     return "cm" if cfg.loss == "consistency" else "pt" if end > 0 else "ft"
 
 def find_run(cfg):
-    """The newest checkpoint that can be read, of the run that the command describes, if it does."""
+    """The newest whole checkpoint, of the run that the command describes or, if of none, of any."""
     name = run_name(cfg)
     names = [name] if cfg.resume == "auto" or cfg.init_from or name != "ft" else ["pt", "ft", "cm"]
-    paths = [f"{cfg.out_dir}/{name}{end}" for name in names for end in (".pt", ".prev.pt")]
+    paths = [os.path.join(cfg.out_dir, name + end) for name in names for end in (".pt", ".prev.pt")]
     paths = sorted(filter(os.path.exists, paths), key=os.path.getmtime, reverse=True)
     for path in paths:
         try:
@@ -175,7 +175,7 @@ def shuffled(n, seed, epoch):
 class Stream:
     """Batches by step number: of `new` images and, for a share of each batch, of `old` ones.
     Each is like prepare_data.Images and comes in epochs of fresh order, so that any step can be
-    loaded at once. In a batch, and in the numbers of the images, the new ones come first."""
+    loaded directly. In a batch, and in the numbers of the images, the new ones come first."""
 
     def __init__(self, new, old, cfg, config, device, rank=0, world=1):
         self.cfg, self.config, self.device = cfg, config, device
@@ -184,12 +184,12 @@ class Stream:
              f"{n_old} of {cfg.batch_size} images for the old ones: choose another")
         n_new, self.n_old = cfg.batch_size - n_old, n_old
         self.sources = [(new, n_new, 0), (old, n_old, len(new))][: 2 if n_old else 1]
-        self.share = slice(rank, None, world)  # every world-th image: some of each kind
+        self.mine = slice(rank, None, world)  # every world-th image: some of each kind
         self.n_new = len(range(rank, n_new, world))  # in this process
-        # What each image counts in the mean over the batch, for L_new + replay_coef L_old.
+        # Weight of each image in the mean over the batch, for L_new + replay_coef L_old.
         weight = torch.full((cfg.batch_size,), cfg.batch_size / max(n_new, 1))
         weight[n_new:] = cfg.replay_coef * cfg.batch_size / max(n_old, 1)
-        self.weight = self.move(weight[self.share])
+        self.weight = self.move(weight[self.mine])
         self.ratios = mask_ratios(cfg)
         self.visible = [count_visible(config.grid, ratio, cfg.mask_type, cfg.block_size)
                         for ratio in self.ratios]
@@ -207,10 +207,10 @@ class Stream:
 
     def load(self, step):
         """This process's part, b images, of the batch of a step.
-        index (b,) numpy; on the device: clean (b, K, p*p*C), of deviation 0.5 (all N patches if the
-        network takes all), noise like it, sigma (b,), visible (b, K) or None for the whole image,
+        index (b,) numpy; on the device: clean (b, K, p*p*C), deviation 0.5 (K = N if the network
+        takes all), noise like it, sigma (b,), visible (b, K) or None for the whole image,
         labels (b,), -1 for no class, or None."""
-        cfg, config, n, mine = self.cfg, self.config, self.cfg.batch_size, self.share
+        cfg, config, n, mine = self.cfg, self.config, self.cfg.batch_size, self.mine
         g = sample.seeded(cfg.seed, 1, step)
         sigma = sigma_of(torch.randn(n, generator=g), cfg.p_mean, cfg.p_std)
         flip = torch.rand(n, generator=g).numpy() < 0.5 * cfg.hflip
@@ -239,7 +239,7 @@ class Stream:
         return normalised(self.move(patches), self.config.latent), labels
 
     def references(self, step):
-        """The whole images that a batch shares to average over (SCT), and their labels."""
+        """The whole images over which a batch averages (SCT), and their labels."""
         cfg, n, index = self.cfg, self.cfg.ref_batch - 1, []
         if cfg.loss != "consistency" or n < 1:  # each image alone is ECT
             return {}
@@ -305,8 +305,7 @@ def pull_of(cfg, denoiser, device, autocast, rank, world):
             if n in theirs and theirs[n][0].shape == p.shape]
 
 def build(cfg, source, start, device, rank, world, say):
-    """What a run works with, where it starts: (stream, denoiser, ema, optimizers, step, names)."""
-    # Classes are numbered as the model that it starts from knows them; new names follow.
+    """What a run works with, where it starts; the classes that its model knows are the first."""
     known = (start.get("class_names") or []) if cfg.class_cond else []
     new = Images(cfg.data, "train", cfg.patch_size, known)
     names = new.meta["class_names"] or []
@@ -317,6 +316,7 @@ def build(cfg, source, start, device, rank, world, say):
     need(names or not cfg.class_cond, f"--class_cond needs labels, and {cfg.data} has none: prepare"
          " it with one sub-folder a class, or give --no-class_cond")
     latent = start["architecture"].get("latent") if start else new.meta["latent"]
+    need(bool(latent) == bool(new.meta["latent"]), f"either {cfg.data} or the model is latent")
     config = ModelConfig(**{k: getattr(cfg, k) for k in ARCHITECTURE}, image_size=new.meta["size"],
                          channels=new.meta["channels"], latent=latent or (),
                          num_classes=len(names) if cfg.class_cond else 0,
@@ -327,7 +327,8 @@ def build(cfg, source, start, device, rank, world, say):
         denoiser.load_state_dict(start["model"])
     elif start:
         fresh = load_what_fits(denoiser, start["model" if cfg.init_weights == "raw" else "ema"])
-        say(f"begins afresh: {', '.join(fresh + names[len(known) :]) or 'nothing'}")
+        fresh += names[len(known) : config.num_classes]
+        say(f"begins afresh: {', '.join(fresh) or 'nothing'}")
     ema = deepcopy(denoiser).to(device).eval().requires_grad_(False)
     optimizers, step = configure_optimizers(denoiser.to(device), cfg), 0
     if source:
@@ -353,7 +354,6 @@ def main(argv=None):
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     say = partial(tqdm.write, file=sys.stderr) if rank == 0 else lambda text: None
-
     if rank == 0 and cfg.data == "data/faces" and not os.path.exists(cfg.data):
         prepare_data.main(["--out", cfg.data])
     sample.meet()
@@ -370,7 +370,7 @@ def main(argv=None):
         need(cfg.replay and classes == names[: len(classes)] and len(kinds) == 1,
              f"{cfg.distill_from} is a model of another kind or other classes, or lacks a --replay")
     share, values = cfg.batch_size // world, max(stream.visible) * config.dim
-    fits = [m for m in range(1, share + 1) if share % m == 0 and m * values <= 2**20]  # caches
+    fits = [m for m in range(1, share + 1) if share % m == 0 and m * values <= 2**20]  # cache
     micro = cfg.micro_batch or (max(fits, default=1) if device.type == "cpu" else share)
     need(share and cfg.batch_size % (world * micro) == 0, f"batch_size {cfg.batch_size} is not "
          f"divisible by {world} processes x micro_batch {micro}: change one of the three")
@@ -387,7 +387,7 @@ def main(argv=None):
             say(f"{file} is now {file[:-3]}.old.pt")
 
     def save(path):
-        settings = {k: v for k, v in vars(cfg).items() if k not in HERE}
+        settings = {k: v for k, v in vars(cfg).items() if k not in LOCAL}
         if rank == 0:
             save_checkpoint(path, dict(
                 model=denoiser.state_dict(), ema=ema.state_dict(), architecture=asdict(config),
@@ -440,9 +440,9 @@ def main(argv=None):
     bar = tqdm(total=cfg.steps, initial=step, desc=name, disable=rank > 0, unit="step")
     bad, stop, first, began, threads = 0, False, step, time.time(), torch.get_num_threads()
     loader = ThreadPoolExecutor(1)
-    # With more threads than cores OpenMP sends all to sleep between two operations.
+    # More threads than cores make OpenMP sleep between operations.
     loader.submit(torch.set_num_threads, 1).result()
-    torch.set_num_threads(threads)  # that call changed MKL's number for all threads
+    torch.set_num_threads(threads)  # it changed MKL's number for all threads
     if cuda:
         loader.submit(torch.cuda.set_device, device)  # a new thread begins with the first GPU
     pending = loader.submit(stream.load, step)
@@ -490,7 +490,7 @@ def main(argv=None):
             rate = (step - first) * cfg.batch_size / seconds
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
             log(loss=loss, grad_norm=norm, lr=group["lr"], images_per_s=rate, seconds=seconds)
-        aside, last = time.time(), step == cfg.steps  # the clock of training stands from here on
+        aside, last = time.time(), step == cfg.steps  # not training time from here on
         if rank == 0 and (last or cfg.eval_every and step % cfg.eval_every == 0):
             evaluate()
         if cfg.sample_every and step % cfg.sample_every == 0 and rank == 0:
@@ -508,8 +508,8 @@ def main(argv=None):
         dist.barrier()
         dist.destroy_process_group()
     if bad == 10:
-        say(f"stopped: ten steps up to {step} were not finite, {path} is older. Resuming would end "
-            "here again: start from it with --init_from, and a lower --lr or with --grad_clip")
+        say(f"stopped: ten steps in a row up to {step} were not finite. Resuming as before would "
+            "end here again: use --init_from, another --out_dir, and a lower --lr or --grad_clip")
         sys.exit(3)
     if stop:
         say(f"stopped after step {step}: {path} is saved, go on with --resume")

@@ -1,4 +1,4 @@
-"""Shared by all tests: scripts and tests/tools are importable from anywhere, two threads at most."""
+"""Shared by all tests: scripts and tests/tools are importable from anywhere, torch has one thread."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # small tensors: a second thread gains little, and loses much on busy cores
 
 
 def make_dataset(folder, n=24, size=16, channels=3, classes=0, seed=0, n_val=8, dtype=np.uint8):

@@ -216,10 +216,12 @@ def test_a_smooth_schedule_meets_the_stepwise_one_at_the_start_of_each_stage():
     assert torch.equal(loss(399), loss(300)) and (loss(399, cm_smooth=True) > loss(300)).all()
 
 
-@pytest.mark.parametrize("extra", [[], ["--ref_batch=9", "--class_cond", "--hflip"], ["--cm_segments=2", "--cm_smooth"],
-                                   ["--mask_ratio=0.5", "--mask_type=patch", "--ref_batch=9"],
-                                   ["--mask_ratio=0.5", "--mask_type=patch", "--ref_batch=9", "--route=0,1"],
-                                   ["--cm_preset=imagenet64", "--mask_ratio=0.5", "--mask_ratio_end=0", "--mask_type=patch"]])
+MASKED = ["--mask_ratio=0.5", "--mask_type=patch"]
+
+
+@pytest.mark.parametrize("extra", [
+    [], ["--ref_batch=9", "--class_cond", "--hflip"], ["--cm_segments=2", "--cm_smooth"], [*MASKED, "--ref_batch=9"],
+    [*MASKED, "--ref_batch=9", "--route=0,1"], [*MASKED, "--cm_preset=imagenet64", "--mask_ratio_end=0"]])
 def test_tuning_runs_resumes_and_is_sampled_by_the_right_rule(labelled, tmp_path, extra, capsys):
     base = [f"--data={labelled}", f"--out_dir={tmp_path}", "--batch_size=12"]
     train.main(base + TINY + ["--steps=4"] + ["--class_cond"] * ("--class_cond" in extra))

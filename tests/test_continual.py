@@ -58,7 +58,7 @@ def tune(tasks, name, *flags, data="set1"):
     """Fine-tune on a set; returns the checkpoint."""
     train.main([f"--data={tasks}/{data}", f"--out_dir={tasks}/{name}", "--batch_size=12", "--steps=5",
                 f"--init_from={tasks}/first/ft.pt", "--log_every=1", *TINY[4:], *flags])
-    (path,) = (tasks / name).glob("?t.pt")
+    (path,) = (tasks / name).glob("??.pt")
     return load_checkpoint(str(path))
 
 
@@ -280,3 +280,13 @@ def test_sets_and_teachers_that_do_not_fit_are_refused(tasks, tmp_path):
     assert "--replay_frac" in mistake(train.main, *base, f"--replay={tasks}/set1", "--replay_frac=0.01")
     large = f"--data={tmp_path}/large", f"--replay={tmp_path}/large"  # the teacher's are of another size
     assert "first/ft.pt" in mistake(train.main, *base, *large, teacher)
+
+
+def test_a_consistency_model_is_no_teacher(tasks, tmp_path):
+    """It answers with an image that may lie behind the noise, not with the mean of all that may."""
+    tune(tasks, "consistent", "--loss=consistency", "--steps=1")
+    consistent, diffusion = f"{tasks}/consistent/cm.pt", f"{tasks}/first/ft.pt"
+    base = [f"--data={tasks}/set0", f"--replay={tasks}/set1", f"--out_dir={tmp_path}", "--batch_size=12", "--steps=1"]
+    assert consistent in mistake(train.main, *base, *TINY, f"--distill_from={consistent}")
+    tuning = ["--loss=consistency", f"--init_from={diffusion}", f"--distill_from={diffusion}"]
+    assert diffusion in mistake(train.main, *base, *TINY[4:], *tuning)  # nor does its loss know targets

@@ -124,7 +124,8 @@ def test_inception_has_the_keys_and_the_number_of_values_of_the_public_file(ince
 
 
 def test_inception_layers_have_the_shapes_of_the_paper():
-    network, seen = fid.Inception().to("meta"), {}
+    with torch.device("meta"):
+        network, seen = fid.Inception(), {}
     for key, layer in network.named_children():
         layer.register_forward_hook(lambda m, x, y, key=key: seen.update({key: tuple(y.shape[1:])}))
     y = network(torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device="meta"))

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_dataset
 from PIL import Image
 
 import continual
+import fid
+import model
 import reproduce
 import train
 from prepare_data import open_folder
@@ -140,16 +143,27 @@ def test_the_ways_that_are_compared_are_told_in_flags_that_train_py_knows(tmp_pa
 
 
 def test_a_script_that_fails_is_quoted(tmp_path):
-    out, memory = reproduce.call("sample.py", "--help", log=tmp_path / "log")
-    assert "--cfg_scale" in out and 0.01 < memory < 10
-    with pytest.raises(SystemExit, match="sample.py failed: .*none.pt"):
-        reproduce.call("sample.py", "--ckpt", tmp_path / "none.pt", log=tmp_path / "log")
+    out, memory = reproduce.call("prepare_data.py", "--help", log=tmp_path / "log")
+    assert "--val_frac" in out and 0.01 < memory < 10
+    with pytest.raises(SystemExit, match="prepare_data.py failed: .*nowhere"):
+        reproduce.call("prepare_data.py", tmp_path / "nowhere", log=tmp_path / "log")
+
+
+class Colours(torch.nn.Module):
+    """Features in no time, in place of Inception with random weights."""
+    identity = "random_fd 0"
+
+    def forward(self, x):
+        return torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
 
 
 @pytest.fixture
 def called(monkeypatch, capsys):
     """called(module, *args) runs a comparison, and its scripts, in this process: to start one of them
     takes longer than what is asked of it here. Returns what is printed."""
+    monkeypatch.setattr(fid, "load_features", lambda args: Colours())
+    monkeypatch.setitem(model.PRESETS, "demo", dict(dim=32, depth=2, heads=2, patch_size=4))
+
     def call(script, *args, log):
         out = io.StringIO()
         with open(log, "a") as err, redirect_stdout(out), redirect_stderr(err):

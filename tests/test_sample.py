@@ -82,9 +82,9 @@ def test_evaluations_are_n_for_euler_and_2n_minus_1_for_heun():
 
 def test_the_stochastic_sampler_draws_the_data_distribution():
     g = torch.Generator().manual_seed(0)
-    noise = torch.randn(100_000, generator=g, dtype=torch.float64)
+    noise = torch.randn(50_000, generator=g, dtype=torch.float64)
     x = sample.sample_loop(exact_denoiser, noise, sampler_levels(128), "churn", s_noise=1.0,
-                           draw=lambda: torch.randn(100_000, generator=g, dtype=torch.float64))
+                           draw=lambda: torch.randn(50_000, generator=g, dtype=torch.float64))
     assert abs(x.mean() - MEAN) < 0.01 and abs(x.std() - STD) < 0.01
     correlation = torch.corrcoef(torch.stack([x, noise]))[0, 1]
     assert abs(correlation) < 0.5  # it forgets its start, unlike the ODE, whose correlation is 1

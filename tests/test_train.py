@@ -476,6 +476,12 @@ def test_a_scheduler_may_give_the_commands_of_both_stages_again_and_again(datase
     assert (tmp_path / "pt.pt").read_bytes() == first and not list(tmp_path.glob("*.old.pt"))
 
 
+def test_a_run_does_not_become_the_other_stage_when_it_is_resumed(dataset, tmp_path):
+    args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12", "--steps=1"] + TINY
+    train.main(args + ["--mask_ratio=0.5", "--mask_type=patch"])
+    assert "pt.pt" in mistake(train.main, f"--out_dir={tmp_path}", "--resume", "--mask_ratio=0", "--steps=2")
+
+
 def test_a_fresh_run_keeps_the_checkpoints_whose_names_it_takes(dataset, tmp_path):
     args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12"] + TINY
     train.main(args + ["--steps=2", "--save_every=1"])

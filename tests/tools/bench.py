@@ -257,13 +257,12 @@ def waiting(case):
         Path(folder, "meta.json").write_text(json.dumps(meta))
         in_memory = resident_share(f"{folder}/train.npy")
         train.ThreadPoolExecutor = Timed
-        start = time.time()
-        train.main([f"--data={folder}", f"--out_dir={folder}", f"--steps={case['steps']}", "--eval_every=0",
-                    "--save_every=0", "--sample_every=0", "--seed=1", *case["flags"]])
-        whole = time.time() - start
+        train.main([f"--data={folder}", f"--out_dir={folder}", f"--steps={case['steps']}", "--log_every=1",
+                    "--eval_every=0", "--save_every=0", "--sample_every=0", "--seed=1", *case["flags"]])
+        seconds = [r["seconds"] for r in map(json.loads, open(folder + "/log.jsonl")) if "images_per_s" in r]
     first, *then = Timed.waited
-    return dict(file_gb=np.prod(shape) / 1e9, in_memory_before=in_memory, steps=case["steps"], s=whole,
-                first_batch_s=first, then_waited_s=sum(then), share=sum(then) / whole)
+    return dict(file_gb=np.prod(shape) / 1e9, in_memory_before=in_memory, steps=case["steps"], s=seconds[-1],
+                first_batch_s=first, then_waited_s=sum(then), share=sum(then) / (seconds[-1] - seconds[0]))
 
 
 class Timed(ThreadPoolExecutor):
@@ -469,6 +468,8 @@ def main():
     results = []
     for section in args.section or CASES:
         cases = {n: c for n, c in CASES[section].items() if args.only in n}
+        if not cases:
+            continue
         rows = [(name, run_case(section, case)) for name, case in cases.items()]
         print(f"\n## {section}\n")
         table(rows)
