@@ -38,7 +38,6 @@ from prepare_data import need
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-RESIZE = "299x299 bilinear, antialias=False, align_corners=False"
 LABELS = {"fid": "FID", "random_fd": "random-feature FD", "fd": "FD in TorchScript features"}
 
 # ---- Inception v3, the 2015-12-05 graph of the FID paper. Keys are those of the public weight file
@@ -145,8 +144,8 @@ def load_features(args):
                 torch.hub.download_url_to_file(WEIGHTS_URL, path, WEIGHTS_SHA256)  # all or nothing
             net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as e:  # noqa: BLE001 (the network, the disk, the file's bytes can fail)
-            sys.exit(f"no weights from {path} ({type(e).__name__}: {e}): get {WEIGHTS_URL}, put it "
-                     "there or name it with --weights; --features random works offline")
+            sys.exit(f"no weights at {path} ({e!r:.200}): get {WEIGHTS_URL}, put it there or name "
+                     "it with --weights; --features random works offline")
         net.identity = f"fid {sha256(path)}"
     for m in net.modules():
         if hasattr(m, "bn"):  # as part of the convolution: the same function in half the time
@@ -301,7 +300,6 @@ def bits_per_dim(sets, path, args, limit=512):
     denoiser, checkpoint = sample.load_denoiser(path, args.ckpt_weights, args.device)
     c, result = denoiser.config, {}
     names = checkpoint["class_names"] if c.num_classes else []
-    dtype = getattr(torch, args.dtype)
     edges = np.linspace(math.log(0.002), math.log(80.0), 11)
     print("| set | ln sigma", *(f"{v:.2f}" for v in (edges[:-1] + edges[1:]) / 2),
           "bits per dimension |\n" + "|---" * 13 + "|", sep=" | ")
@@ -316,8 +314,7 @@ def bits_per_dim(sets, path, args, limit=512):
             index = np.arange(start, min(start + 32, limit, len(images)))
             values = torch.from_numpy(images.read(index, None, np.zeros(len(index), bool)))
             labels = torch.from_numpy(images.labels[index]).to(args.device) if names else None
-            with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
-                found.append(bound(partial(denoiser, labels=labels), values.to(args.device), g))
+            found.append(bound(partial(denoiser, labels=labels), values.to(args.device), g))
         bits, losses = (torch.cat(parts).cpu().double() for parts in zip(*found))
         error = bits.std().item() / math.sqrt(len(bits))
         result[name] = dict(images=len(bits), loss_by_level=losses.mean(dim=0).tolist(),
@@ -375,7 +372,8 @@ def main(argv=None):
     key, digest = (max(s.net for s in sources) or "fid unknown").split()
     about = dict(features=LABELS[key], weights_sha256=digest, dtype=args.dtype, warnings=[
         f"{s.path} has only {s.n} images: this biases all figures" for s in sources
-        if 0 < s.n < max(2048, len(s.mu))], resize="none" if key == "fd" else RESIZE)
+        if 0 < s.n < max(2048, len(s.mu))], resize="none" if key == "fd" else
+        "299x299 bilinear, antialias=False, align_corners=False")
     if key == "fid" and digest != WEIGHTS_SHA256:
         about["warnings"] += ["the Inception weights are not known to be the public ones"]
     for name, s in zip("ab", sources):

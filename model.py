@@ -480,7 +480,7 @@ def load_checkpoint(path):
             raise ValueError("a model of latents that were not normalised")
         checkpoint["architecture"] = {k: v for k, v in stored.items() if k in known}
     except Exception as e:  # the file's bytes decide which
-        sys.exit(f"{path} is no whole checkpoint of train.py ({type(e).__name__}: {e})")
+        sys.exit(f"{path} is no whole checkpoint of train.py ({e!r:.200})")
     need_noise(checkpoint.get("noise", "edm"), path)
     return checkpoint
 

@@ -136,7 +136,7 @@ def open_source(src, stack, labels=None, size=64, seed=0):
             return array_source(src, stack, labels)
         return file_source(*list_files(src, kind, stack))
     except Exception as error:  # noqa: BLE001 (a damaged archive can raise nearly anything)
-        sys.exit(f"cannot read {src} ({type(error).__name__}: {error}): is the file complete?")
+        sys.exit(f"cannot read {src} ({error!r:.300}): is the file complete?")
 
 def list_files(src, kind, stack):
     """-> {path: key} of all files in a folder or an archive, and read(key) -> binary file."""
@@ -217,17 +217,18 @@ def array_source(path, stack, labels=None):
 def split(source, num, classes, val_frac, seed):
     """{"train": candidates, "val": candidates}, shuffled by the seed. classes: these alone; num: so
     many training images, alike many of each class. What the source holds out stays held out."""
-    names = np.array(source.classes or [""] * len(source.names))
-    wanted = classes.split(",") if classes else sorted(set(names))
-    need(set(wanted) <= set(names), f"--classes {classes}: expected some of {','.join({*names})}")
-    n = len(names) - source.num_val
+    names = source.classes or [""] * len(source.names)  # sets of numpy's strings are slow
+    wanted = classes.split(",") if classes else sorted({*names})
+    need({*wanted} <= {*names}, f"--classes {classes}: expected some of {','.join({*names})}")
+    names, n = np.array(names), len(names) - source.num_val
     order = np.random.Generator(np.random.PCG64(seed)).permutation(n)
-    if num or classes:  # one of each class in turn
-        pools = [order[names[order] == name] for name in wanted]
-        order = [i for row in zip_longest(*pools) for i in row if i is not None][:num]
+    order = order[np.isin(names[order], wanted)]
     val = [i for i in range(n, len(names)) if names[i] in wanted]
     held = 0 if val else min(max(1, round(val_frac * len(order))), len(order) - 1)
     train, val = order[: len(order) - held], val or order[len(order) - held :]
+    if num:  # one of each class in turn
+        pools = [train[names[train] == name] for name in wanted]
+        train = [i for row in zip_longest(*pools) for i in row if i is not None][:num]
     return {"train": [*train], "val": [*val] or [*train]}  # a single image is both
 
 # ---- The rules of pixels.
@@ -281,8 +282,7 @@ def to_pixels(item, size, channels, fit, background):
         image = image.resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(image) if channels == 3 else np.asarray(image.convert("L"))[..., None]
 
-def to_image(pixels):
-    """uint8 (H,W,C), C = 1, 3 or 4 -> a picture of Pillow."""
+def to_image(pixels):  # uint8 (H,W,C), C = 1, 3 or 4 -> a picture of Pillow
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 # ---- The writer: the folder is complete or absent.
@@ -297,13 +297,15 @@ def write(source, folder, parts, settings, strict):
                 file.write(image)
                 digest.update(image)
                 kept[name].append(i)
-            for reject in rejects[:20]:
-                print("  rejected {}: {}".format(*reject), file=sys.stderr)
-            need(2 * len(kept[name]) > len(part) and not (strict and rejects),
-                 f"{len(kept[name])} of {len(part)} images can be read: is this the right source?")
+            need(kept[name], f"none of {len(part)} images for {name}.npy can be read {rejects[:1]}")
             file.seek(0)
             np.lib.format.write_array_header_1_0(file, dict(
                 descr=image.dtype.str, fortran_order=False, shape=(len(kept[name]), *image.shape)))
+    for reject in rejects[:20]:
+        print("  rejected {}: {}".format(*reject), file=sys.stderr)
+    total = sum(map(len, parts.values()))
+    need(2 * len(rejects) <= total and not (strict and rejects),
+         f"{total - len(rejects)} of {total} images can be read: is this the right source?")
     used = {source.classes[i] for i in sum(kept.values(), [])} if source.classes else ()
     by_number = sorted(used, key=lambda name: (int(name) if name.isdecimal() else -1, name))
     order = [name for name in source.order or by_number if name in used]

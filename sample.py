@@ -156,8 +156,8 @@ def write_all(out, batches, num, batch_size, describe, class_names, rank, world)
     meet()
     chunks = [range(i, min(i + batch_size, num)) for i in range(0, num, batch_size)]
     for chunk in tqdm(chunks[rank::world], desc="sampling", unit="batch", disable=rank > 0):
-        part = f"{work}/{chunk[0]:06d}.npy"
-        paths = [part] if work != out else [f"{work}/{i:06d}.png" for i in chunk]
+        paths = [f"{work}/{i:06d}.png" for i in chunk]
+        paths = paths if work == out else [f"{work}/{chunk[0]:06d}.npy"]
         if all(map(os.path.exists, paths)):
             continue
         images = np.concatenate([x for _, x in batches(chunk)])

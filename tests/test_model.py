@@ -74,7 +74,7 @@ def test_block_masks_show_whole_blocks_and_crops_show_one_square():
 
 
 def test_blocks_that_do_not_fit_the_grid_are_refused_in_a_sentence():
-    assert "does not divide" in mistake(lambda _: count_visible(16, 0.5, "block", 3))
+    assert "block_size 3" in mistake(lambda _: count_visible(16, 0.5, "block", 3))
 
 
 def test_preconditioning_is_edm_table_1():
