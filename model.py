@@ -141,9 +141,8 @@ def sincos_positions(grid, dim):
     return torch.from_numpy(np.concatenate([rows, cols], axis=1)).float()
 
 def attention(q, k, v):
-    """Softmax attention, all (B, heads, N, head_dim).
-    Fused, except for short sequences on a CPU, where the backward of the fused kernel takes longer
-    than two batched products (`tests/tools/bench.py attention`)."""
+    """Softmax attention, all (B, heads, N, head_dim): fused, but not for short sequences on a CPU,
+    where the fused kernel's backward is slower (`tests/tools/bench.py attention`)."""
     if q.device.type == "cpu" and q.shape[2] <= 512:
         scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
         return scores.softmax(dim=3) @ v  # the kernel sums in float32 for bfloat16 scores, too
@@ -461,7 +460,8 @@ def save_checkpoint(path, checkpoint):
             f.flush()
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:
-        os.remove(temporary)
+        if os.path.exists(temporary):
+            os.remove(temporary)
         sys.exit(f"{path} could not be written ({e}): the one before is whole, so make room and go "
                  "on with --resume")
     if os.path.exists(path):

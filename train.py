@@ -50,12 +50,11 @@ DEFAULTS = {  # (stage, whether on a GPU); on two cores ten minutes for both sta
     ("cm", True): GPU | dict(batch_size=128, sample_every=5000, steps=200_000, lr=1e-4, beta1=0.9,
                              cm_stages=8, dtype="float32"),
 }
-CONSISTENCY = {  # ECT, arXiv 2406.14548, appendix (its networks have dropout, this one has none)
-    "cifar10": dict(p_mean=-1.1, p_std=2.0, optimizer="radam", beta1=0.9, beta2=0.999,
-                    weight_decay=0.0, ema=0.9999, warmup=0),
-    "imagenet64": dict(p_mean=-0.8, p_std=1.6, cm_q=4.0, cm_c=0.06, cm_weight="edm", beta1=0.9,
-                       weight_decay=0.0, warmup=0, lr=1e-3, lr_schedule="rsqrt", cm_stages=4,
-                       dtype="float32"),
+TUNING = dict(beta1=0.9, weight_decay=0.0, warmup=0)  # ECT, arXiv 2406.14548, appendix
+CONSISTENCY = {  # its networks have dropout, this one has none
+    "cifar10": TUNING | dict(p_mean=-1.1, p_std=2.0, optimizer="radam", beta2=0.999, ema=0.9999),
+    "imagenet64": TUNING | dict(p_mean=-0.8, p_std=1.6, cm_q=4.0, cm_c=0.06, cm_weight="edm",
+                                lr=1e-3, lr_schedule="rsqrt", cm_stages=4, dtype="float32"),
 }
 ARCHITECTURE = ("dim", "depth", "heads", "patch_size", "decoder_depth", "decoder_dim",
                 "decoder_heads", "route")
@@ -142,6 +141,8 @@ def parse(argv):
     if source:
         parser.set_defaults(**start["config"] | dict(out_dir=os.path.dirname(source)))
     cfg = parser.parse_args(argv)
+    need(not source or os.path.basename(source).startswith(run_name(cfg)), f"{source} is of another"
+         " stage than these settings: start that with --init_from")
     for name in ("mask_ratio", "mask_ratio_end", "label_dropout", "ema"):
         need(0 <= (getattr(cfg, name) or 0) < 1, f"--{name}: expected at least 0 and below 1")
     return cfg, source, start
@@ -327,18 +328,17 @@ def build(cfg, source, start, device, rank, world, say):
         denoiser.load_state_dict(start["model"])
     elif start:
         fresh = load_what_fits(denoiser, start["model" if cfg.init_weights == "raw" else "ema"])
-        fresh += names[len(known) : config.num_classes]
-        say(f"begins afresh: {', '.join(fresh) or 'nothing'}")
+        fresh = ", ".join(fresh + names[len(known) : config.num_classes])
+        say(f"begins afresh: {fresh or 'nothing'}")
     ema = deepcopy(denoiser).to(device).eval().requires_grad_(False)
-    optimizers, step = configure_optimizers(denoiser.to(device), cfg), 0
+    optimizers, step = configure_optimizers(denoiser.to(device), cfg), start.get("step", 0)
     if source:
         ema.load_state_dict(start["ema"])
         for optimizer, stored in zip(optimizers, start["optimizer"]):  # the settings are today's
             optimizer.load_state_dict(optimizer.state_dict() | {"state": stored["state"]})
-        step = start["step"]
         say(f"resumed from step {step}")
     stream = Stream(new, old, cfg, config, device, rank, world)
-    return stream, denoiser, ema, optimizers, step, names
+    return stream, denoiser, ema, optimizers, step if source else 0, names
 
 # ---- The run.
 def main(argv=None):
@@ -366,7 +366,8 @@ def main(argv=None):
     if cfg.distill_from:
         teacher, theirs = sample.load_denoiser(cfg.distill_from, "ema", device)
         classes = (theirs.get("class_names") or []) if cfg.class_cond else []
-        kinds = {(c.grid, c.token_dim, c.latent, c.takes_all) for c in (config, teacher.config)}
+        kinds = {(c.grid, c.token_dim, c.latent, c.takes_all, c.cm_segments)
+                 for c in (config, teacher.config)}
         need(cfg.replay and classes == names[: len(classes)] and len(kinds) == 1,
              f"{cfg.distill_from} is a model of another kind or other classes, or lacks a --replay")
     share, values = cfg.batch_size // world, max(stream.visible) * config.dim
@@ -434,9 +435,8 @@ def main(argv=None):
     log(event="start", config=vars(cfg))
     say("\n".join(f"{key:>14} = {v}" for key, v in vars(cfg).items() if v is not None))
     say(f"{sum(p.numel() for p in weights) / 1e6:.2f} M weights on {world} x {device} in {dtype}, "
-        f"{stream.visible} of {config.grid**2} patches visible, writing {path}")
+        f"{stream.visible} of {config.grid**2} patches visible")
 
-    # The loop.
     bar = tqdm(total=cfg.steps, initial=step, desc=name, disable=rank > 0, unit="step")
     bad, stop, first, began, threads = 0, False, step, time.time(), torch.get_num_threads()
     loader = ThreadPoolExecutor(1)

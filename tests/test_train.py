@@ -262,7 +262,8 @@ def test_what_is_typed_wins_then_the_checkpoint_the_preset_the_table_and_the_def
 def test_resume_takes_the_newest_readable_checkpoint_of_the_run_that_is_described(tmp_path):
     out = f"--out_dir={tmp_path}", "--device=cpu"
     for when, name in enumerate(("pt.prev", "pt", "cm", "ft.prev", "ft"), 1):
-        place(tmp_path / f"{name}.pt", when)
+        stage = dict(pt=dict(mask_ratio=0.5), cm=dict(loss="consistency")).get(name[:2], {})
+        place(tmp_path / f"{name}.pt", when, config=stage)
     place(tmp_path / "ft-0000900.pt", 9)  # a kept one is not what a run goes on with
     place(tmp_path / "ft.old.pt", 9)
 
