@@ -127,7 +127,7 @@ def mask_ratios(cfg):
     (compiling starts anew for each). cosine4, cos(pi/2 x)^4 over the run, is MaskDiT's."""
     if cfg.mask_ratio_end is None:
         return [cfg.mask_ratio]
-    power = 0 if cfg.mask_schedule == "linear" else int(cfg.mask_schedule[6:] or 1)
+    power = dict(linear=0, cosine=1, cosine2=2, cosine4=4)[cfg.mask_schedule]
     shape = [math.cos(math.pi / 2 * i / 5) ** power if power else 1 - i / 5 for i in range(6)]
     return [cfg.mask_ratio_end + (cfg.mask_ratio - cfg.mask_ratio_end) * share for share in shape]
 
