@@ -71,7 +71,7 @@ def parse(argv):
     add("resume", None, "go on with a run", nargs="?", const="last", choices=("last", "auto"))
     add("mask_ratio", 0.0, "share of the patches hidden; > 0 is stage 1")
     add("mask_ratio_end", None, "share at the end, if another", type=float)
-    add("mask_schedule", "cosine4", "in between: linear, or cos(pi/2 x)^K: cosine, cosine2, cosine4")
+    add("mask_schedule", "cosine4", "in between: linear, cosine, cosine2 or cosine4")
     add("mask_type", "block", "what is hidden: patch, block; crop: all but one square")
     add("block_size", 2, "patches a side of a hidden block")
     add("preset", "demo", "network size", choices=tuple(PRESETS))
