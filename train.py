@@ -440,12 +440,12 @@ def main(argv=None):
     bar = tqdm(total=cfg.steps, initial=step, desc=name, disable=rank > 0, unit="step")
     bad, stop, first, began, threads = 0, False, step, time.time(), torch.get_num_threads()
     loader = ThreadPoolExecutor(1)
-    # More threads than cores make OpenMP sleep between operations.
-    loader.submit(torch.set_num_threads, 1).result()
-    torch.set_num_threads(threads)  # it changed MKL's number for all threads
+    loader.submit(torch.set_num_threads, 1)  # more threads than cores make OpenMP sleep
     if cuda:
         loader.submit(torch.cuda.set_device, device)  # a new thread begins with the first GPU
     pending = loader.submit(stream.load, step)
+    pending.result()  # only then, as the loader's first work sets the number for all threads
+    torch.set_num_threads(threads)
     while step < cfg.steps and not stop and bad < 10:
         batch = pending.result()
         pending = loader.submit(stream.load, step + 1)
