@@ -13,7 +13,6 @@ import os
 import sys
 import zipfile
 from dataclasses import dataclass, fields
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -49,6 +48,8 @@ class ModelConfig:
                      f"{[q for q in range(1, size + 1) if size % q == 0]}")
         if route and (self.decoder_depth or not 0 <= route[0] < route[1] <= self.depth):
             sys.exit(f"route is {route}, expected A < B <= depth {self.depth}, and no decoder")
+        if self.decoder_depth and self.token_dim == 1:
+            sys.exit("a decoder rebuilds patches by their variance: these have one value each")
 
     @property
     def grid(self):  # patches a side
@@ -65,7 +66,7 @@ class ModelConfig:
 PRESETS = {  # MaskDM table of settings; DiT table 1
     "demo": dict(dim=128, depth=6, heads=4, patch_size=4),  # two CPU cores, minutes
     "maskdm-64": dict(dim=512, depth=13, heads=8, patch_size=4),
-    "maskdm-256": dict(dim=768, depth=12, heads=12, patch_size=4),
+    "maskdm-256": dict(dim=768, depth=13, heads=12, patch_size=4),
     "dit-s": dict(dim=384, depth=12, heads=6, patch_size=2),
     "dit-b": dict(dim=768, depth=12, heads=12, patch_size=2),
     "dit-l": dict(dim=1024, depth=24, heads=16, patch_size=2),
@@ -98,8 +99,7 @@ def count_visible(grid, mask_ratio, mask_type="patch", block_size=4):
     if mask_type == "patch" or not hidden:
         return grid**2 - hidden
     if mask_type != "block" or block_size < 1 or grid % block_size:
-        sys.exit(f"there is no mask of type {mask_type} with block_size {block_size} on {grid} x "
-                 f"{grid} patches: use patch, crop, or block with a divisor of {grid}")
+        sys.exit(f"no {mask_type} mask of block_size {block_size} fits {grid} x {grid} patches")
     return grid**2 - hidden // block_size**2 * block_size**2
 
 def sample_visible(batch, grid, mask_ratio, mask_type="patch", block_size=4, generator=None):
@@ -215,6 +215,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(c.dim, c.heads, c.dim) for _ in range(c.depth))
         self.decoder = None
         if c.decoder_depth:
+            self.decoder_modulation = nn.Linear(c.dim, 2 * c.dim)
             self.decoder_embed = nn.Linear(c.dim, c.decoder_dim)
             self.mask_token = nn.Parameter(0.02 * torch.randn(c.decoder_dim))
             positions = sincos_positions(c.grid, c.decoder_dim)
@@ -224,16 +225,16 @@ class DiT(nn.Module):
         width = c.decoder_dim or c.dim
         self.modulation = nn.Linear(c.dim, 2 * width)
         self.head = nn.Linear(width, c.token_dim)
-        for m in self.modules():
+        for name, m in self.named_modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
+            # Every block starts as the identity, the output and the decoder's input as zero (DiT
+            # sec. 3.2, MaskDiT).
+            if name.endswith(("modulation", "head", "decoder_embed")):
+                nn.init.zeros_(m.weight)
         if self.labels is not None:
             nn.init.normal_(self.labels.weight, std=0.02)
-        # Every block starts as the identity and the output as zero (DiT sec. 3.2).
-        blocks = [*self.blocks, *(self.decoder or ())]
-        for m in [self.modulation, self.head] + [block.modulation for block in blocks]:
-            nn.init.zeros_(m.weight)
 
     def forward(self, tokens, c_noise, visible=None, labels=None):
         angle = c_noise[:, None] * self.freq
@@ -244,17 +245,16 @@ class DiT(nn.Module):
         cond = F.silu(cond)
         if self.decoder:
             tokens = take(tokens, visible)
-        whole, blocks = visible is None or self.route, [*self.blocks]
-        x = self.embed(tokens) + (self.positions if whole else self.positions[visible])
-        if visible is None or not self.route:
-            x = through(blocks, x, cond)
-        else:
-            a, b = self.route
+        here = self.positions if visible is None or self.route else self.positions[visible]
+        x, blocks = self.embed(tokens) + here, [*self.blocks]
+        a, b = self.route if self.route and visible is not None else (0, 0)
+        if a < b:
             x = through(blocks[:a], x, cond)
             x = put(through(blocks[a:b], take(x, visible), cond), visible, x)
-            x = through(blocks[b:], x, cond)
+        x = through(blocks[b:], x, cond)
         if self.decoder:
-            x = self.decoder_embed(x)
+            shift, scale = self.decoder_modulation(cond)[:, None].chunk(2, dim=2)
+            x = self.decoder_embed(modulate(x, shift, scale))
             if visible is None:
                 x = x + 0 * self.mask_token  # a gradient of zero, so that no process lacks one
             else:
@@ -294,26 +294,20 @@ def sampler_levels(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     top, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return torch.cat([(top + i * (low - top)) ** rho, torch.zeros(1, dtype=torch.float64)])
 
-@lru_cache
-def scale_of(latent, device):
-    """Mean and deviation of each channel of latents, as tensors (C,)."""
-    return torch.tensor(latent, device=device)
-
 def normalised(data, latent):
     """8-bit values to [-1, 1]; latents (..., p*p*C) to mean 0 and deviation SIGMA_DATA in each
     channel, by their mean and deviation `latent`: noise levels are measured against that."""
     if not latent:
         return data.float().div_(127.5).sub_(1)
-    mean, deviation = scale_of(latent, data.device)
+    mean, deviation = torch.tensor(latent).to(data.device, non_blocking=True)
     data = (data.unflatten(-1, (-1, len(mean))) - mean) * (SIGMA_DATA / deviation)
     return data.flatten(-2)
 
-@lru_cache
-def segment_edges(segments, device="cpu", dtype=torch.float64):
+def segment_edges(segments):
     """Edges of the segments of a consistency model, (segments + 1,), from 80 to 0: the sampler's
     levels with one step more, without its lowest: [80, 0], [80, 2.5, 0], ..."""
     levels = sampler_levels(segments + 1)
-    return torch.cat([levels[:-2], levels[-1:]]).to(device, dtype)
+    return torch.cat([levels[:-2], levels[-1:]])
 
 class Denoiser(nn.Module):
     """Preconditioning around the network: D(x; sigma), the denoised tokens (EDM eq. 7).
@@ -330,7 +324,8 @@ class Denoiser(nn.Module):
         c_skip = sd**2 / (s**2 + sd**2)
         c_out = s * sd / (s**2 + sd**2).sqrt()
         c_in = 1 / (s**2 + sd**2).sqrt()
-        out = self.net((c_in * x).to(self.net.head.weight.dtype), sigma.log() / 4, visible, labels)
+        dtype = self.net.head.weight.dtype
+        out = self.net((c_in * x).to(dtype), (sigma.log() / 4).to(dtype), visible, labels)
         return c_skip * x + c_out * out.to(x.dtype)
 
 # ---- Losses: functions of tensors that draw nothing themselves.
@@ -397,7 +392,7 @@ def consistency_objective(model, config, cfg, step, clean, noise, sigma, visible
     The answer at sigma = t is drawn to the answer of the same network, without gradient, at the
     lower level r, where x is one step along the estimated ODE from x_t."""
     t, x_t = sigma, noised(clean, noise, sigma)
-    edges = segment_edges(config.cm_segments, t.device, t.dtype)
+    edges = segment_edges(config.cm_segments).to(t, non_blocking=True)
     lower = torch.where(edges[1:] < t[:, None], edges[1:], 0).amax(dim=1)  # of t's segment
     stage = step / max(1, math.ceil(cfg.steps / cfg.cm_stages))
     stage = stage if cfg.cm_smooth else math.floor(stage)

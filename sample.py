@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from model import (SIGMA_DATA, Denoiser, ModelConfig, load_checkpoint, need_nois
 from prepare_data import Parser, need, to_image
 
 # ---- Noise, noise levels, steps.
+CHURN = 40.0, 0.05, 50.0, 1.003  # EDM's for ImageNet-64 in 256 steps; in 18 it adds far more noise
+
 def seed_of(*numbers):
     """One 63-bit seed for a tuple of non-negative numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
@@ -52,14 +55,14 @@ def noise_levels(config, sampler=None, steps=None, mid_sigma=0.821):
         return "consistency", torch.tensor(levels, dtype=torch.float64)
     return sampler or "heun", sampler_levels(steps or 18)
 
-def sample_loop(denoise, x, sigmas, sampler="heun", draw=None, churn=40.0, s_min=0.05, s_max=50.0,
-                s_noise=1.003):
+def sample_loop(denoise, x, sigmas, sampler="heun", draw=None, churn=CHURN):
     """Integrate the probability-flow ODE, or the SDE, from noise to data (EDM algorithms 1 and 2).
     denoise(x, sigma) -> D(x; sigma) for a float sigma; x standard normal of any shape; sigmas
     (n + 1,) descending to 0; draw() gives fresh noise like x. Samplers: "euler" (the DDIM step, n
-    evaluations), "heun" (second order, 2n - 1), "churn" (heun with noise added before each step,
-    EDM's ImageNet-64 settings), "consistency" (denoise, then add noise of the next level)."""
-    sigmas = [float(s) for s in sigmas]
+    evaluations), "heun" (second order, 2n - 1), "churn" (heun with noise added before each step;
+    `churn`: S_churn, S_min, S_max, S_noise), "consistency" (denoise, then add noise of the next
+    level)."""
+    sigmas, (s_churn, s_min, s_max, s_noise) = [float(s) for s in sigmas], churn
     n = len(sigmas) - 1
     x = x * sigmas[0]
     for s, s_next in zip(sigmas[:-1], sigmas[1:]):
@@ -68,7 +71,7 @@ def sample_loop(denoise, x, sigmas, sampler="heun", draw=None, churn=40.0, s_min
             x = x + s_next * draw() if s_next > 0 else x
             continue
         if sampler == "churn" and s_min <= s <= s_max:
-            s_hat = s * (1 + min(churn / n, 2**0.5 - 1))
+            s_hat = s * (1 + min(s_churn / n, 2**0.5 - 1))
             x = x + (s_hat**2 - s**2) ** 0.5 * s_noise * draw()
             s = s_hat
         slope = (x - denoise(x, s)) / s
@@ -110,13 +113,14 @@ def load_denoiser(path, weights="ema", device="cpu"):
 
 @torch.inference_mode()
 def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0.821,
-             cfg_scale=1.0, cfg_interval=(0.0, math.inf), guide=None, labels=None, batch_size=64,
-             dtype=torch.float32):
+             churn=CHURN, cfg_scale=1.0, cfg_interval=(0.0, math.inf), guide=None, labels=None,
+             batch_size=64, dtype=torch.float32):
     """Yield (indices, images) batch by batch for the given image indices.
     images: numpy uint8 (b, H, W, C), or latents, float32 (b, C, H, W) on their own scale. `labels`:
     class numbers, cycled over the indices (default: all). Image i depends on (seed, i) alone."""
     c = denoiser.config
     device = next(denoiser.parameters()).device
+    wide = torch.float32 if device.type == "mps" else torch.float64  # of the state, as in EDM
     labels = labels or range(c.num_classes)
     sampler, sigmas = noise_levels(c, sampler, steps, mid_sigma)
     for start in range(0, len(indices), batch_size):
@@ -126,13 +130,13 @@ def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0
         def draw():
             shape = (c.image_size, c.image_size, c.channels)
             noise = torch.stack([torch.randn(shape, generator=g) for g in streams])
-            return patchify(noise, c.patch_size).to(device)
+            return patchify(noise, c.patch_size).to(device, wide)
 
         cycled = [labels[i % len(labels)] for i in batch] if labels else None
         classes = torch.tensor(cycled, device=device) if labels else None
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             denoise = guided(denoiser, classes, cfg_scale, cfg_interval, guide)
-            x = sample_loop(denoise, draw(), sigmas, sampler, draw)
+            x = sample_loop(denoise, draw(), sigmas, sampler, draw, churn)
         images = unpatchify(x, c.patch_size).float().cpu()
         if c.latent:
             mean, deviation = torch.tensor(c.latent)
@@ -188,13 +192,11 @@ def save_grid(path, images, columns=None):
         low, high = images.min(), images.max()
         images = ((images - low) / max(high - low, 1e-9) * 255).astype(np.uint8)
         images = images.transpose(0, 2, 3, 1)[..., : 3 if images.shape[1] >= 3 else 1]
-    count, height, width, channels = images.shape
-    columns, gap = columns or math.ceil(math.sqrt(count)), max(1, width // 32)
-    shape = gap + -(-count // columns) * (height + gap), gap + columns * (width + gap), channels
-    sheet = np.full(shape, 255, np.uint8)
-    for i, image in enumerate(images):
-        y, x = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
-        sheet[y : y + height, x : x + width] = image
+    columns, gap = columns or math.ceil(len(images) ** 0.5), max(1, images.shape[2] // 32)
+    white = partial(np.pad, constant_values=255)
+    cells = white(images, ((0, -len(images) % columns), (gap, 0), (gap, 0), (0, 0)))
+    rows = [np.hstack(cells[i : i + columns]) for i in range(0, len(cells), columns)]
+    sheet = white(np.vstack(rows), ((0, gap), (0, gap), (0, 0)))
     replace_file(path, lambda f: to_image(sheet).save(f, "PNG"))
 
 # ---- The command.
@@ -218,6 +220,8 @@ def add_flags(parser, batch_size):
     add("steps", None, "of the sampler; by the kind of model, 18 or 1", type=int)
     add("sampler", None, "likewise", choices=("heun", "euler", "churn", "consistency"))
     add("mid_sigma", None, "second noise level of a consistency model", type=float)
+    add("churn", [*CHURN], "S_churn,S_min,S_max,S_noise of that sampler",
+        type=lambda text: [float(v) for v in text.split(",")])
     add("cfg_scale", 1.0, "guidance scale, 1 for none")
     add("seed", 0, "of the noise")
     add("batch_size", batch_size, "images at a time")
@@ -233,7 +237,7 @@ def sampling_settings(args, denoiser, checkpoint, guide=None):
     mid = args.mid_sigma or {"imagenet64": 1.526}.get(trained.get("cm_preset"), 0.821)
     sampler, sigmas = noise_levels(c, args.sampler, args.steps, mid)
     return dict(seed=args.seed, sampler=sampler, steps=len(sigmas) - 1, mid_sigma=mid,
-                cfg_scale=args.cfg_scale)
+                churn=args.churn, cfg_scale=args.cfg_scale)
 
 def class_numbers(text, names):
     """"cat,0" -> [3, 0]: numbers of classes from names or numbers; exits if there is none such."""

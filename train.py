@@ -39,7 +39,7 @@ from prepare_data import Images, Parser, need
 
 # ---- Settings: typed, else the resumed run's, else CONSISTENCY, DEFAULTS, those in parse().
 GPU = dict(preset="maskdm-64", beta1=0.99, lr=2e-4, steps=100_000, lr_schedule="constant",
-           eval_every=2000, save_every=2000)  # MaskDM's settings at 64 px
+           grad_clip=0.0, eval_every=2000, save_every=2000)  # MaskDM's settings at 64 px
 DEFAULTS = {  # (stage, whether on a GPU); on two cores ten minutes for both stages
     ("pt", False): dict(batch_size=48, steps=2500, lr=4e-3, lr_schedule="constant"),
     ("ft", False): dict(eval_every=1400, sample_every=1400, save_every=1400),
@@ -50,11 +50,12 @@ DEFAULTS = {  # (stage, whether on a GPU); on two cores ten minutes for both sta
     ("cm", True): GPU | dict(batch_size=128, sample_every=5000, steps=200_000, lr=1e-4, beta1=0.9,
                              cm_stages=8, dtype="float32"),
 }
-TUNING = dict(beta1=0.9, weight_decay=0.0, warmup=0)  # ECT, arXiv 2406.14548, appendix
-CONSISTENCY = {  # its networks have dropout, this one has none
-    "cifar10": TUNING | dict(p_mean=-1.1, p_std=2.0, optimizer="radam", beta2=0.999, ema=0.9999),
+TUNING = dict(beta1=0.9, weight_decay=0.0, warmup=0, grad_clip=0.0, ema=0.9999)
+CONSISTENCY = {  # ECT, arXiv 2406.14548, appendix; its networks have dropout, this one has none
+    "cifar10": TUNING | dict(p_mean=-1.1, p_std=2.0, optimizer="radam", beta2=0.999),
     "imagenet64": TUNING | dict(p_mean=-0.8, p_std=1.6, cm_q=4.0, cm_c=0.06, cm_weight="edm",
-                                lr=1e-3, lr_schedule="rsqrt", cm_stages=4, dtype="float32"),
+                                lr=1e-3, lr_schedule="rsqrt", cm_stages=4, dtype="float32",
+                                steps=100_000),
 }
 ARCHITECTURE = ("dim", "depth", "heads", "patch_size", "decoder_depth", "decoder_dim",
                 "decoder_heads", "route")
@@ -112,7 +113,7 @@ def parse(argv):
     add("beta1", 0.9, "first beta of the optimizer")
     add("beta2", 0.99, "second beta of the optimizer")
     add("grad_clip", 1.0, "largest norm of the gradient, 0 for no limit")
-    add("ema", 0.999, "decay of the averaged weights, with a warm-up")
+    add("ema", 0.999, "decay of the averaged weights; it grows to this in a run from scratch")
     add("p_mean", P_MEAN, "mean of ln sigma in training")
     add("p_std", P_STD, "standard deviation of ln sigma")
     add("hflip", False, "flip half of the images left-right")
@@ -191,6 +192,10 @@ class Stream:
         weight = torch.full((cfg.batch_size,), cfg.batch_size / max(n_new, 1))
         weight[n_new:] = cfg.replay_coef * cfg.batch_size / max(n_old, 1)
         self.weight = self.move(weight[self.mine])
+        # Source and class of each image in one number, for `references`.
+        self.kind = np.concatenate([2 * source.labels * (config.num_classes > 0) + (first > 0)
+                                    for source, _, first in self.sources])
+        self.order = self.kind.argsort()
         self.ratios = mask_ratios(cfg)
         self.visible = [count_visible(config.grid, ratio, cfg.mask_type, cfg.block_size)
                         for ratio in self.ratios]
@@ -201,9 +206,8 @@ class Stream:
         """The numbers of the images of a global batch: a walk through each source by epochs."""
         drawn = []
         for source, n, first in self.sources:
-            for q in range(step * n, step * n + n):
-                epoch, i = divmod(q, len(source))
-                drawn.append(first + shuffled(len(source), self.cfg.seed, epoch)[i])
+            places = np.divmod(np.arange(step * n, step * n + n), len(source))
+            drawn += [first + shuffled(len(source), self.cfg.seed, e)[i] for e, i in zip(*places)]
         return np.array(drawn, np.int64)
 
     def load(self, step):
@@ -240,15 +244,18 @@ class Stream:
         return normalised(self.move(patches), self.config.latent), labels
 
     def references(self, step):
-        """The whole images over which a batch averages (SCT), and their labels."""
-        cfg, n, index = self.cfg, self.cfg.ref_batch - 1, []
+        """The whole images over which a batch averages (SCT), and their labels. They are drawn from
+        the classes in the batch, or most images would have none of their own."""
+        cfg, n = self.cfg, self.cfg.ref_batch - 1
         if cfg.loss != "consistency" or n < 1:  # each image alone is ECT
             return {}
-        g, n_old = sample.seeded(cfg.seed, 5, step), round(n * self.n_old / cfg.batch_size)
-        for (source, _, first), some in zip(self.sources, (n - n_old, n_old)):
-            index.append(first + torch.randint(len(source), (some,), generator=g).numpy())
+        g = sample.seeded(cfg.seed, 5, step)
+        kind = self.kind[self.index(step)[np.arange(n) * cfg.batch_size // n]]
+        first, end = (np.searchsorted(self.kind, kind, side, self.order)
+                      for side in ("left", "right"))
+        place = torch.rand(n, generator=g, dtype=torch.float64).numpy()
         flip = torch.rand(n, generator=g).numpy() < 0.5 * cfg.hflip
-        images, labels = self.read(np.concatenate(index), flip)
+        images, labels = self.read(self.order[first + (place * (end - first)).astype(int)], flip)
         return dict(references=images, reference_labels=self.move(labels))
 
     def move(self, t):
@@ -314,8 +321,7 @@ def build(cfg, source, start, device, rank, world, say):
     names = (old or new).meta["class_names"] or []
     kinds = {(x.meta["size"], x.meta["channels"], not x.meta["latent"]) for x in (new, old) if x}
     need(len(kinds) == 1, f"{cfg.data} and {cfg.replay} hold {kinds}, which can't be mixed")
-    need(names or not cfg.class_cond, f"--class_cond needs labels, and {cfg.data} has none: prepare"
-         " it with one sub-folder a class, or give --no-class_cond")
+    need(names or not cfg.class_cond, f"{cfg.data} has no labels: give --no-class_cond")
     latent = start["architecture"].get("latent") if start else new.meta["latent"]
     need(bool(latent) == bool(new.meta["latent"]), f"either {cfg.data} or the model is latent")
     config = ModelConfig(**{k: getattr(cfg, k) for k in ARCHITECTURE}, image_size=new.meta["size"],
@@ -474,7 +480,7 @@ def main(argv=None):
                 weight.grad.add_((weight.detach() - anchor) * strength)
             for optimizer in optimizers:
                 optimizer.step()
-            decay = min(cfg.ema, (1 + step) / (10 + step))  # small in the first steps
+            decay = cfg.ema if cfg.init_from else min(cfg.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(average, [p.detach() for p in weights], 1 - decay)
             bad = 0
         else:

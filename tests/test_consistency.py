@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, mistake
+from conftest import TINY, make_dataset, mistake
 
 import model
 import sample
 import train
 from model import (Denoiser, ModelConfig, consistency_loss, consistency_objective, consistency_step, load_checkpoint,
                    posterior_mean, segment_edges)
+from prepare_data import Images
 
 MEAN, STD = 0.3, 0.7  # each coordinate ~ N(0.3, 0.7^2)
 CONFIG = ModelConfig(image_size=4, channels=1, patch_size=2, dim=8, depth=1, heads=1, cm_segments=1)
@@ -247,6 +248,53 @@ def test_on_a_gpu_pairs_end_as_close_as_in_the_papers_and_are_computed_in_float3
     monkeypatch.setattr(sample, "pick_device", lambda name, rank=0: torch.device("cuda", 0))
     cfg, _, _ = train.parse(["--loss=consistency", f"--cm_preset={preset}"])
     assert cfg.dtype == "float32" and cfg.cm_q ** -cfg.cm_stages == gap
+
+
+@pytest.mark.parametrize("preset, official", [
+    ("cifar10", dict(optimizer="radam", lr=1e-4, beta1=0.9, beta2=0.999, lr_schedule="constant", ema=0.9999,
+                     steps=200_000, p_mean=-1.1, p_std=2.0, cm_q=2, cm_c=0, cm_weight="gap")),
+    ("imagenet64", dict(optimizer="adamw", lr=1e-3, beta1=0.9, beta2=0.99, lr_schedule="rsqrt", ema=0.9999,
+                        steps=100_000, p_mean=-0.8, p_std=1.6, cm_q=4, cm_c=0.06, cm_weight="edm"))])
+def test_presets_are_the_settings_of_the_official_code(monkeypatch, preset, official):
+    official |= dict(batch_size=128, weight_decay=0, grad_clip=0, warmup=0, hflip=False, class_cond=False,
+                     cm_k=8, cm_b=1, cm_smooth=False)
+    monkeypatch.setattr(sample, "pick_device", lambda name, rank=0: torch.device("cuda", 0))
+    cfg, _, _ = train.parse(["--loss=consistency", f"--cm_preset={preset}"])
+    assert {k: getattr(cfg, k) for k in official} == official
+
+
+@pytest.mark.parametrize("batch, references", [(10, 61), (40, 9), (7, 8)])
+def test_references_are_of_the_sources_and_classes_in_the_batch(tmp_path, batch, references):
+    sets = [Images(str(make_dataset(tmp_path / name, n=300, classes=n)), "train", 4)
+            for name, n in (("new", 50), ("old", 3))]
+    cfg, _, _ = train.parse(["--loss=consistency", f"--batch_size={batch}", f"--ref_batch={references}",
+                             "--replay_frac=0.3", "--label_dropout=0", "--replay=old", "--hflip"])
+    for classes in (50, 0):
+        config = replace(CONFIG, image_size=16, channels=3, patch_size=4, num_classes=classes)
+        stream, drawn = train.Stream(*sets, cfg, config, torch.device("cpu")), []
+        read = stream.read
+        stream.read = lambda index, *rest: (drawn.append(index), read(index, *rest))[1]
+        for step in range(30):
+            drawn.clear()
+            load = stream.load(step)
+            index, chosen = drawn
+            labels = np.concatenate([s.labels for s in sets])
+            kinds = lambda i: list(zip(labels[i] * (classes > 0), i >= 300))
+            assert len(chosen) == references - 1 and {*kinds(chosen)} <= {*kinds(index)}
+            assert references < batch or {*kinds(chosen)} == {*kinds(index)}  # every image has some of its own
+            assert np.array_equal(load["reference_labels"], labels[chosen])
+
+
+def test_references_are_drawn_evenly_from_a_class(tmp_path):
+    sets = Images(str(make_dataset(tmp_path / "set", n=40, classes=2)), "train", 4)
+    cfg, _, _ = train.parse(["--loss=consistency", "--batch_size=8", "--ref_batch=401"])
+    config = replace(CONFIG, image_size=16, channels=3, patch_size=4, num_classes=2)
+    stream, counts = train.Stream(sets, None, cfg, config, torch.device("cpu")), np.zeros(40)
+    stream.read = lambda index, flip: (np.add.at(counts, index, 1), (torch.zeros(1), torch.zeros(1)))[1]
+    for step in range(100):
+        stream.references(step)
+    share = counts / counts.sum()  # 40,000 draws, 1,000 of each image: deviation 3 %, and of the classes' shares
+    assert abs(share * 40 - 1).max() < 0.15
 
 
 @pytest.mark.parametrize("q, stages", [(2, 8), (4, 4), (2, 4), (256, 1)])

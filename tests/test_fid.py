@@ -328,12 +328,12 @@ def test_kid_is_the_double_loop_over_pairs():
 
     tx, ty = torch.from_numpy(x), torch.from_numpy(y)
     assert fid.mmd(tx, ty) == pytest.approx(loop(x, y), rel=1e-12)
-    assert fid.kid(ty, tx[:7])["kid"] == pytest.approx(loop(y, x[:7]), rel=1e-12)  # subsets of all
+    assert fid.kid(ty, tx[:7], size=7)["kid"] == pytest.approx(loop(y, x[:7]), rel=1e-12)  # subsets of all
     found, draw = fid.kid(tx, ty, subsets=4, size=3, seed=5), np.random.default_rng(5)
     loops = [loop(x[draw.choice(9, 3, replace=False)], y[draw.choice(7, 3, replace=False)])
              for _ in range(4)]  # fmt: skip
     assert found["kid"] == pytest.approx(np.mean(loops), rel=1e-12)
-    assert found["kid_se"] == pytest.approx(np.std(loops, ddof=1) / 2, rel=1e-9)
+    assert found["kid_std"] == pytest.approx(np.std(loops), rel=1e-9)  # over the subsets, as torch-fidelity
 
 
 def test_precision_and_recall_are_those_of_a_brute_force_search():
@@ -365,7 +365,7 @@ def test_figures_do_not_depend_on_batch_size_order_or_processes(measure, net, tm
     fx, fy = features(x), features(y)
     scale = np.trace(np.cov(fx.T)) + np.trace(np.cov(fy.T))
     exact = fid.frechet_distance(fx.mean(0), np.cov(fx.T), fy.mean(0), np.cov(fy.T))
-    settings = ["--features", net, "--metrics=fid,kid,pr"]
+    settings = ["--features", net, "--metrics=fid,kid,pr", "--kid_size=10"]
     found = [measure(a, b, *settings, f"--batch_size={size}") for size in (1, 7, 64)]
     found.append(
         measure(npz(tmp_path / "r.npz", x[::-1]), npz(tmp_path / "s.npz", y[::-1]), *settings)
@@ -497,7 +497,7 @@ def test_the_bound_on_quantised_gaussian_data_is_its_entropy():
     found = [fid.bound(denoise, part, g) for part in values.split(1024)]
     bits, losses = (torch.cat(t) for t in zip(*found))
     standard_error = bits.std().item() / math.sqrt(len(bits))
-    assert losses.shape == (2**15, 10) and standard_error < 0.004
+    assert losses.shape == (2**15, 10) and standard_error < 0.006
     assert abs(bits.mean().item() - entropy) < 0.01, (bits.mean(), entropy, standard_error)
 
 
@@ -514,19 +514,20 @@ def test_the_report_on_an_untrained_network_is_the_closed_form(tmp_path, capsys)
     fid.main([f"{sets[0]},{sets[1]}", ckpt, "--metrics=bpd", "--device=cpu"])
     out = capsys.readouterr().out.strip().splitlines()
     result = json.loads(out[-1])
-    assert list(result) == [*map(str, sets)] and len(out) == 5  # a table of two rows, then the JSON
+    assert list(result) == [*map(str, sets)] and len(out) == 3  # a line a set, then the JSON
     for folder, row in result.items():
         m = np.mean((np.load(f"{folder}/val.npy") / 127.5 - 1) ** 2)
         assert len(row["loss_by_level"]) == 10 and row["images"] == 40 and row["standard_error"] > 0
         edges = np.array(row["ln_sigma"])
-        np.testing.assert_allclose(edges, np.linspace(math.log(0.002), math.log(80), 11))
+        np.testing.assert_allclose(edges, np.linspace(math.log(0.0013), math.log(80), 11))
         # With D = x / (1 + 4 s^2), E (D - y)^2 = (s^4 m + s^2/16) / (s^2 + 1/4)^2 for mean square m.
         v = np.exp(2 * (edges[:-1, None] + np.diff(edges)[:, None] * (np.arange(1000) + 0.5) / 1000))
         error = (v**2 * m + v / 16) / (v + 0.25) ** 2
         np.testing.assert_allclose(row["loss_by_level"], ((v + 0.25) / (v / 4) * error).mean(1), rtol=0.03)
         x, weight = np.polynomial.hermite_e.hermegauss(60)  # the noise before the decoder
         other = 2 / 255 * np.arange(-9, 10)[:, None]  # so far off are the neighbouring levels
-        nats = np.log(np.exp((-(other**2) / 0.002 + 2 * other * x) / 0.004).sum(0)) @ weight
+        nats = np.log(np.exp((-(other**2) / 0.0013 + 2 * other * x) / 0.0026).sum(0)) @ weight
+        assert nats / weight.sum() / math.log(2) < 0.02  # bits, whatever the model; at 0.002 they are 0.19
         nats = np.diff(edges) @ (error / v).mean(1) + m / (2 * 80**2) + nats / weight.sum()
         assert row["bits_per_dim"] == pytest.approx(nats / math.log(2), rel=0.01)
 
@@ -612,6 +613,7 @@ def bad_cases(tmp_path, net):
         "latents": ([good, latents, *jit], "latents"),
         "NaN features": ([good, good, "--features", tmp_path / "nan.pt"], "finite"),
         "a broken checkpoint": ([good, tmp_path / "noise.pt", *jit], "noise.pt"),
+        "fewer images than a subset of kid": ([good, good, "--metrics=kid", *jit], "1000 images of"),
         "kid of statistics": ([tmp_path / "three.npz", good, "--metrics=kid", *jit], "images"),
         "an unknown metric": ([good, good, "--metrics=fid,isc"], "pr"),
         "a mistyped flag": ([good, good, "--metric=fid"], "--metrics"),

@@ -158,9 +158,10 @@ def plain_network(denoiser, x, sigma, visible, label=None):
         else:
             h = run(block, c.heads, h)
     if c.decoder_depth:
-        rows = []
+        rows, (shift, scale) = [], linear(net.decoder_modulation, cond).chunk(2)
+        entered = linear(net.decoder_embed, norm(h) * (1 + scale) + shift)
         for n in range(len(x)):
-            row = linear(net.decoder_embed, h[seen.index(n)]) if n in seen else net.mask_token
+            row = entered[seen.index(n)] if n in seen else net.mask_token
             rows.append(row + model.sincos_positions(c.grid, c.decoder_dim)[n])
         h = torch.stack(rows)
         for block in net.decoder:
@@ -298,6 +299,17 @@ def test_without_a_decoder_nothing_of_it_exists():
     assert not [n for n in random_denoiser().state_dict() if "decoder" in n or "mask" in n]
 
 
+def test_the_decoder_starts_with_positions_and_mask_tokens_alone():
+    torch.manual_seed(0)
+    net = Denoiser(ModelConfig(image_size=16, dim=32, depth=2, heads=2, decoder_depth=2)).net
+    assert not net.decoder_embed.weight.any() and not net.decoder_modulation.weight.any()  # MaskDiT: DecoderLayer
+    assert net.embed.weight.any() and net.time[0].weight.any() and net.blocks[0].qkv.weight.any()
+    zero = [n for n, p in net.named_parameters() if "weight" in n and not p.any()]
+    blocks = [f"{part}.{i}.modulation.weight" for part in ("blocks", "decoder") for i in range(2)]
+    assert sorted(zero) == sorted([*blocks, "decoder_embed.weight", "decoder_modulation.weight", "head.weight",
+                                   "modulation.weight"])  # fmt: skip
+
+
 def test_label_minus_1_is_the_last_row_of_the_table():
     denoiser = random_denoiser(num_classes=3)
     x, _, sigma = random_batch()
@@ -318,12 +330,18 @@ def test_presets_have_the_published_sizes():
     for name, published in (("dit-s", 33), ("dit-b", 130), ("dit-l", 458), ("dit-xl", 675)):
         ours = millions(name, image_size=32, channels=4, num_classes=1000)
         assert abs(ours / published - 1) < 0.02, (name, ours)
+    # MaskDM's networks have 13 blocks, which without adaLN are lighter (44.3 M and 102.4 M).
+    assert [model.PRESETS[name]["depth"] for name in ("maskdm-64", "maskdm-256")] == [13, 13]
+    assert millions("maskdm-64") == pytest.approx(62.5, abs=0.1)
 
 
 def test_sizes_that_do_not_fit_are_refused_in_a_sentence():
     assert "[1, 2, 3, 5, 6, 10, 15, 30]" in mistake(lambda _: ModelConfig(image_size=30, patch_size=4))
     for wrong in (dict(route=(2, 1)), dict(route=(1, 9)), dict(route=(1, 2), decoder_depth=1)):
         assert "route is" in mistake(lambda _: ModelConfig(**wrong))
+    # The variance of one value, by which the decoder's target is divided, does not exist.
+    assert "one value" in mistake(lambda _: ModelConfig(image_size=8, channels=1, patch_size=1, decoder_depth=1))
+    ModelConfig(image_size=8, channels=1, patch_size=1)
 
 
 def stored(denoiser, **changes):

@@ -83,11 +83,54 @@ def test_evaluations_are_n_for_euler_and_2n_minus_1_for_heun():
 def test_the_stochastic_sampler_draws_the_data_distribution():
     g = torch.Generator().manual_seed(0)
     noise = torch.randn(50_000, generator=g, dtype=torch.float64)
-    x = sample.sample_loop(exact_denoiser, noise, sampler_levels(128), "churn", s_noise=1.0,
+    x = sample.sample_loop(exact_denoiser, noise, sampler_levels(128), "churn", churn=(40, 0.05, 50, 1),
                            draw=lambda: torch.randn(50_000, generator=g, dtype=torch.float64))
     assert abs(x.mean() - MEAN) < 0.01 and abs(x.std() - STD) < 0.01
     correlation = torch.corrcoef(torch.stack([x, noise]))[0, 1]
     assert abs(correlation) < 0.5  # it forgets its start, unlike the ODE, whose correlation is 1
+
+
+def test_the_stochastic_sampler_is_edm_algorithm_2_step_by_step():
+    noise, levels = torch.randn(5, dtype=torch.float64), sampler_levels(7).tolist()
+    s_churn, s_min, s_max, s_noise = churn = (3.0, 0.1, 30.0, 1.007)
+    draws = [torch.randn(5, dtype=torch.float64) for _ in range(7)]
+    fresh = iter(draws)
+    ours = sample.sample_loop(exact_denoiser, noise, levels, "churn", lambda: next(fresh), churn)
+    x, fresh = 80 * noise, iter(draws)
+    for t, t_next in zip(levels[:-1], levels[1:]):
+        gamma = min(s_churn / 7, math.sqrt(2) - 1) if s_min <= t <= s_max else 0
+        t_hat = t + gamma * t
+        x_hat = x + math.sqrt(t_hat**2 - t**2) * s_noise * (next(fresh) if gamma else 0)
+        d = (x_hat - exact_denoiser(x_hat, t_hat)) / t_hat
+        x = x_hat + (t_next - t_hat) * d
+        if t_next:
+            x = x_hat + (t_next - t_hat) * (d + (x - exact_denoiser(x, t_next)) / t_next) / 2
+    assert torch.allclose(ours, x, rtol=1e-10)
+
+
+def test_the_state_of_the_sampler_loses_nothing_between_far_noise_levels(monkeypatch):
+    class Exact(torch.nn.Module):  # answers in the precision of the state
+        config = ModelConfig(image_size=4, channels=3, patch_size=4, latent=((0, 0, 0), (0.5, 0.5, 0.5)))
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, sigma, labels=None):
+            return exact_denoiser(x, sigma.view(-1, 1, 1))
+
+    (_, images), = sample.generate(Exact(), [3], steps=2)
+    noise = torch.randn(4, 4, 3, generator=sample.seeded(0, 3)).permute(2, 0, 1).double()
+    exact = sample.sample_loop(exact_denoiser, noise, sampler_levels(2), "heun")
+    assert np.abs(images[0] - exact.numpy()).max() < 1e-5  # a state in float32: 2e-3
+
+
+def test_the_settings_of_the_stochastic_sampler_are_a_flag(tmp_path):
+    ckpt = make_checkpoint(tmp_path / "ft.pt")
+    heun, still, stirred = (draw(ckpt, tmp_path / f"{i}.npz", "--num=2", "--steps=4", *flags)["arr_0"]
+                            for i, flags in enumerate((["--sampler=heun"], ["--sampler=churn", "--churn=0,0.05,50,1"],
+                                                       ["--sampler=churn", "--churn=9,0.05,50,1"])))
+    assert np.array_equal(heun, still) and not np.array_equal(heun, stirred)
 
 
 def test_one_consistency_step_is_one_evaluation_at_sigma_max():

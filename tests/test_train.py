@@ -331,6 +331,18 @@ def test_training_learns(dataset, tmp_path):
     assert last < 0.5 * first
 
 
+def test_the_averaged_weights_of_a_run_that_starts_from_others_have_one_decay(dataset, tmp_path):
+    args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12"]
+    train.main([*args, "--steps=2", *TINY, "--mask_ratio=0.5"])
+    start = load_checkpoint(str(tmp_path / "pt.pt"))["ema"]
+    for more in ([], ["--loss=consistency"], ["--mask_ratio=0.5", "--mask_ratio_end=0"]):
+        train.main([*args, "--steps=40", *TINY[4:], f"--init_from={tmp_path}/pt.pt", "--ema=0.9999", *more])
+        end = load_checkpoint(str(tmp_path / ("cm.pt" if "--loss=consistency" in more else "ft.pt")))
+        way = math.sqrt(sum((end["model"][n] - w).square().sum() for n, w in start.items()))
+        moved = math.sqrt(sum((end["ema"][n] - w).square().sum() for n, w in start.items()))
+        assert 0 < moved < 0.01 * way  # with the warm-up of a run from scratch: 0.99
+
+
 def test_the_averaged_weights_start_fast_and_reach_their_decay(dataset, tmp_path):
     train.main([f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12", "--steps=6", "--ema=0.3",
                 "--keep_every=1"] + TINY)
@@ -590,7 +602,7 @@ def test_a_decoder_can_be_dropped_or_added_when_tuning(dataset, tmp_path, capsys
     for name in plain["model"]:
         assert torch.equal(plain["model"][name], wide["ema"][name]), name
     train.main(args + ["--steps=1", "--lr=0", f"--init_from={tmp_path}/ft.pt", "--decoder_depth=2", *masked])
-    assert "decoder_embed.bias, decoder_embed.weight, mask_token" in capsys.readouterr().err
+    assert "decoder_embed.weight, decoder_modulation.bias, decoder_modulation.weight, mask_token" in capsys.readouterr().err
     added = load_checkpoint(str(tmp_path / "pt.pt"))
     assert added["architecture"]["decoder_depth"] == 2
     assert torch.equal(added["model"]["net.embed.weight"], plain["ema"]["net.embed.weight"])
@@ -706,7 +718,7 @@ def test_mistakes_on_the_command_line_get_a_sentence(dataset, tmp_path):
     assert "16 of 16 patches" in says("--mask_ratio=0.01")
     assert "not divisible by patch_size" in says("--patch_size=5")
     assert "not divisible by 1 processes x micro_batch 5" in says("--micro_batch=5")
-    assert "needs labels" in says("--class_cond")
+    assert "no labels" in says("--class_cond")
     assert "none.pt" in says(f"--init_from={tmp_path}/none.pt")
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 cut off")
     assert "cut.pt" in says(f"--init_from={tmp_path}/cut.pt")
