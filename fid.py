@@ -21,6 +21,7 @@ from collections import OrderedDict
 from contextlib import ExitStack
 from functools import partial, reduce
 from itertools import groupby, islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -111,9 +112,10 @@ class Inception(nn.Module):
             x = layer(halve(x) if key in ("Conv2d_3b_1x1", "Mixed_5b") else x)
         return x.mean((2, 3))
 
-def random_weights(net, seed=0):
-    """He-normal convolutions, batch norm at identity; by numpy, as torch's streams may change."""
-    rng, digest = np.random.Generator(np.random.PCG64(seed)), hashlib.sha256()
+def random_weights(net):
+    """He-normal convolutions, batch norm at identity; by numpy, as torch's streams may change.
+    Returns their hash."""
+    rng, digest = np.random.Generator(np.random.PCG64(0)), hashlib.sha256()
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
             draw = rng.standard_normal(m.weight.shape, np.float32)
@@ -122,17 +124,12 @@ def random_weights(net, seed=0):
             digest.update(draw)
     return digest.hexdigest()
 
-def sha256(path):
-    """Hash of a file."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
 def load_features(args):
     """The network uint8 (B, 3, H, W) -> (B, D); its `identity` is "KEY HASH", KEY one of LABELS."""
     path = args.weights or f"{torch.hub.get_dir()}/checkpoints/{os.path.basename(WEIGHTS_URL)}"
     if args.features not in ("inception", "random"):
         net = torch.jit.load(args.features, map_location=args.device).eval()
-        net.identity = f"fd {sha256(args.features)}"
+        net.identity = f"fd {hashlib.sha256(Path(args.features).read_bytes()).hexdigest()}"
         return net
     net = Inception().eval().requires_grad_(False)
     if args.features == "random":
@@ -146,7 +143,7 @@ def load_features(args):
         except Exception as e:  # noqa: BLE001 (the network, the disk, the file's bytes can fail)
             sys.exit(f"no weights at {path} ({e!r:.200}): get {WEIGHTS_URL}, put it there or name "
                      "it with --weights; --features random works offline")
-        net.identity = f"fid {sha256(path)}"
+        net.identity = f"fid {hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
     for m in net.modules():
         if hasattr(m, "bn"):  # as part of the convolution: the same function in half the time
             m.conv, m.bn = nn.utils.fuse_conv_bn_eval(m.conv, m.bn), nn.Identity()
@@ -154,9 +151,9 @@ def load_features(args):
 
 # ---- Sources: a stream of uint8 images (H, W, C), or known by its statistics.
 def open_source(path, args, stack):
-    """A source: path, about (for the protocol), n, images(numbers) -> images; and, known when it is
-    measured, or from a file of statistics, mu, sigma, features, net and sizes."""
-    s = SimpleNamespace(path=path, n=0, mu=None, sigma=None, features=None, net="", sizes="")
+    """A source: path, about (for the protocol), n, images(numbers) -> images, if it has any; and,
+    known when it is measured or from a file of statistics, mu, sigma, features, net and sizes."""
+    s = SimpleNamespace(path=path, mu=None, images=None, features=None, net="", sizes="")
     need(os.path.exists(path), f"no source at {path}: give a folder, an archive, .npz or .pt file")
     if path.endswith(".pt"):
         denoiser, checkpoint = sample.load_denoiser(path, args.ckpt_weights, args.device)
@@ -170,19 +167,24 @@ def open_source(path, args, stack):
         need(s.sigma.shape == 2 * s.mu.shape, f"{path}: mu {s.mu.shape}, sigma {s.sigma.shape}")
         s.about, s.n = dict(kind="statistics"), int(stored.get("n", 0))
         s.net = str(stored.get("net", ""))
-    elif os.path.exists(os.path.join(path, "meta.json")):
-        data, _, meta = prepare_data.open_folder(path, args.split)
-        s.about = dict(kind="prepared", split=args.split, data_hash=meta["hash"])
-        s.n, s.images = min(len(data), args.num or len(data)), lambda n: map(data.__getitem__, n)
+        if "arr_0" in stored:  # ADM's reference batches: statistics of a whole set, some images
+            s.n, s.images = len(stored["arr_0"]), lambda n: map(stored["arr_0"].__getitem__, n)
+            s.about = dict(kind="statistics for FID, images for KID, precision and recall")
     else:
-        found, rejects = prepare_data.open_source(path, stack), []
-        s.about, s.n = dict(kind="images"), min(len(found.names), args.num or len(found.names))
-
-        def read(numbers):
-            yield from (image for _, image in prepare_data.iter_images(found, numbers, rejects))
-            need(not rejects, f"{path}: cannot read {rejects}: mend or remove it")
-
-        s.images = read
+        if os.path.exists(os.path.join(path, "meta.json")):
+            data, _, meta = prepare_data.open_folder(path, args.split)
+            s.about = dict(kind="prepared", split=args.split, data_hash=meta["hash"])
+            found = prepare_data.Source(range(len(data)), data.__getitem__)
+        else:
+            found, s.about = prepare_data.open_source(path, stack), dict(kind="images")
+        s.n, bad = min(len(found.names), args.num or len(found.names)), []
+        order = [i * len(found.names) // s.n for i in range(s.n)]  # evenly spaced
+        if s.about["kind"] == "images":  # an unreadable file is told before the pass
+            for _ in prepare_data.iter_images(found, order[args.rank :: args.world], bad):
+                pass
+            need(not bad, f"{path}: cannot read {bad[:9]}: mend or remove it")
+        s.images = lambda numbers: (image for _, image in prepare_data.iter_images(
+            found, [order[i] for i in numbers], bad))
     return s
 
 # ---- One pass over the images. For the Frechet distance alone, memory doesn't grow with them.
@@ -196,7 +198,7 @@ def merge(a, b):
 
 def measure(s, net, args):
     """Fill in a source's statistics. Rank r measures images r, r + world, ...; all know the sum."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = args.rank, args.world
     numbers, total, kept, sizes = range(rank, s.n, world), None, [], set()
     images = tqdm(s.images(numbers), s.path, len(numbers), unit="image", disable=rank > 0)
     for shape, alike in groupby(images, key=np.shape):
@@ -217,8 +219,10 @@ def measure(s, net, args):
         dist.all_gather_object(parts, parts[rank])
     total = reduce(merge, (part[0] for part in parts))
     need(total and total[0] >= 2 + 2 * args.keep, f"{s.path}: FID needs 2 images or more, pr 4")
-    s.n, s.mu, s.sigma = total[0], total[1].numpy(), (total[2] / (total[0] - 1)).numpy()
-    s.net, s.sizes = net.identity, ", ".join(sorted(set().union(*(part[2] for part in parts))))
+    if s.mu is None:
+        s.mu, s.sigma = total[1].numpy(), (total[2] / (total[0] - 1)).numpy()
+    s.n, s.net, sizes = total[0], net.identity, set().union(*(part[2] for part in parts))
+    s.sizes = ", ".join(sorted(sizes))
     s.features = torch.empty(s.n, len(s.mu)) if args.keep else None
     for r in range(world if args.keep else 0):
         s.features[r::world] = torch.cat(parts[r][1])
@@ -320,8 +324,8 @@ def bits_per_dim(sets, path, args, limit=512):
         result[name] = dict(images=len(bits), loss_by_level=losses.mean(dim=0).tolist(),
                             ln_sigma=edges.tolist(), bits_per_dim=bits.mean().item(),
                             standard_error=error)
-        levels = ", ".join(f"{v:.4g}" for v in result[name]["loss_by_level"])
-        print(f"{name}: {bits.mean():.4f} ± {error:.4f} bits per dimension, losses for ln sigma from "
+        levels = " ".join(f"{v:.4g}" for v in result[name]["loss_by_level"])
+        print(f"{name}: {bits.mean():.4f} ± {error:.4f} bits per dimension, losses from ln sigma "
               f"{edges[0]:.1f} to {edges[-1]:.1f}: {levels}", flush=True)
     return result
 
@@ -335,7 +339,7 @@ def main(argv=None):
     add("weights", None, "of Inception; default: torch hub's cache, else a download")
     add("metrics", "fid", "of fid,kid,pr, or bpd")
     add("kid_size", 1000, "images in each of KID's 100 subsets")
-    add("num", None, "first so many images of each source; a checkpoint draws 10,000", type=int)
+    add("num", None, "so many of each source, evenly spaced; of a checkpoint 10,000", type=int)
     add("split", "train", "of a prepared folder", choices=("train", "val"))
     add("json", False, "one JSON object as the last line of stdout")
     add("ckpt_weights", "ema", "of a checkpoint", choices=("ema", "raw"))
@@ -348,7 +352,8 @@ def main(argv=None):
     need({*args.metrics} <= {"fid", "kid", "pr"} or args.metrics == ["bpd"],
          f"--metrics {args.metrics}: expected some of fid,kid,pr, or bpd alone")
     need(args.b or args.stats, f"one source, {args.a}: name a second, or give --stats")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    args.rank = rank = int(os.environ.get("RANK", 0))
+    args.world = world = int(os.environ.get("WORLD_SIZE", 1))
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32
@@ -358,14 +363,14 @@ def main(argv=None):
         dist.init_process_group("gloo")  # only results travel
     with ExitStack() as stack:
         sources = [open_source(path, args, stack) for path in (args.a, args.b) if path]
-        need(not args.keep or all(s.mu is None for s in sources),
+        need(not args.keep or all(s.images for s in sources),
              "kid and pr need images, not statistics: use --metrics fid")
         need("kid" not in args.metrics or args.kid_size <= min(s.n for s in sources), "KID draws "
              f"{args.kid_size} images of {[s.n for s in sources]}: give a smaller --kid_size")
-        net = load_features(args) if any(s.mu is None for s in sources) else None
-        for s in sources:
-            if s.mu is None:
-                measure(s, net, args)
+        unknown = [s for s in sources if s.mu is None or args.keep]
+        net = load_features(args) if unknown else None
+        for s in unknown:
+            measure(s, net, args)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()  # or its threads may abort the process at its end
@@ -380,6 +385,9 @@ def main(argv=None):
         "299x299 bilinear, antialias=False, align_corners=False")
     if key == "fid" and digest != WEIGHTS_SHA256:
         about["warnings"] += ["the Inception weights are not known to be the public ones"]
+    sizes = {s.sizes for s in sources if s.sizes}
+    if len(sizes) > 1:
+        about["warnings"] += [f"images of different sizes are compared: {sizes}"]
     for name, s in zip("ab", sources):
         about[name] = dict(path=s.path, n=s.n, image_size=s.sizes, **s.about)
     print(*(f"{name}: {value}" for name, value in about.items()), sep="\n", file=sys.stderr)

@@ -16,9 +16,12 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+
+def fail(message):
+    """A user's mistake ends the program with one sentence, told by one process of each machine."""
+    sys.exit(message if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 @dataclass
 class ModelConfig:
@@ -43,25 +46,16 @@ class ModelConfig:
         self.decoder_dim = self.decoder_depth and (self.decoder_dim or self.dim)
         self.decoder_heads = self.decoder_depth and (self.decoder_heads or self.heads)
         size, p, route = self.image_size, self.patch_size, self.route
+        self.grid = size // p  # patches a side
+        self.token_dim = p**2 * self.channels  # values in one patch
+        self.takes_all = bool(self.decoder_depth or route)  # all N tokens, of which it hides some
         if size % p:
-            sys.exit(f"image size {size} is not divisible by patch_size {p}: use one of "
+            fail(f"image size {size} is not divisible by patch_size {p}: use one of "
                      f"{[q for q in range(1, size + 1) if size % q == 0]}")
         if route and (self.decoder_depth or not 0 <= route[0] < route[1] <= self.depth):
-            sys.exit(f"route is {route}, expected A < B <= depth {self.depth}, and no decoder")
+            fail(f"route is {route}, expected A < B <= depth {self.depth}, and no decoder")
         if self.decoder_depth and self.token_dim == 1:
-            sys.exit("a decoder rebuilds patches by their variance: these have one value each")
-
-    @property
-    def grid(self):  # patches a side
-        return self.image_size // self.patch_size
-
-    @property
-    def token_dim(self):  # values in one patch, p*p*C
-        return self.patch_size**2 * self.channels
-
-    @property
-    def takes_all(self):  # whether the network is given all N tokens and hides some itself
-        return bool(self.decoder_depth or self.route)
+            fail("a decoder rebuilds patches by their variance: these have one value each")
 
 PRESETS = {  # MaskDM table of settings; DiT table 1
     "demo": dict(dim=128, depth=6, heads=4, patch_size=4),  # two CPU cores, minutes
@@ -99,7 +93,7 @@ def count_visible(grid, mask_ratio, mask_type="patch", block_size=4):
     if mask_type == "patch" or not hidden:
         return grid**2 - hidden
     if mask_type != "block" or block_size < 1 or grid % block_size:
-        sys.exit(f"no {mask_type} mask of block_size {block_size} fits {grid} x {grid} patches")
+        fail(f"no {mask_type} mask of block_size {block_size} fits {grid} x {grid} patches")
     return grid**2 - hidden // block_size**2 * block_size**2
 
 def sample_visible(batch, grid, mask_ratio, mask_type="patch", block_size=4, generator=None):
@@ -122,14 +116,12 @@ def sample_visible(batch, grid, mask_ratio, mask_type="patch", block_size=4, gen
     col = (blocks % g * b).view(batch, -1, 1, 1) + inside
     return (row * grid + col).reshape(batch, k).sort(dim=1).values
 
-def mask_ratios(cfg):
+def mask_ratios(start, end):
     """The share of patches to hide in each part of a run: one value, or six stairs if it changes
-    (compiling starts anew for each). cosine4, cos(pi/2 x)^4 over the run, is MaskDiT's."""
-    if cfg.mask_ratio_end is None:
-        return [cfg.mask_ratio]
-    power = dict(linear=0, cosine=1, cosine2=2, cosine4=4)[cfg.mask_schedule]
-    shape = [math.cos(math.pi / 2 * i / 5) ** power if power else 1 - i / 5 for i in range(6)]
-    return [cfg.mask_ratio_end + (cfg.mask_ratio - cfg.mask_ratio_end) * share for share in shape]
+    (compiling starts anew for each), by MaskDiT's cos(pi/2 x)^4 over the run."""
+    if end is None:
+        return [start]
+    return [end + (start - end) * math.cos(math.pi / 2 * i / 5) ** 4 for i in range(6)]
 
 # ---- The network (DiT with adaLN-Zero), on whatever tokens it is given.
 def sincos_positions(grid, dim):
@@ -233,8 +225,8 @@ class DiT(nn.Module):
             # sec. 3.2, MaskDiT).
             if name.endswith(("modulation", "head", "decoder_embed")):
                 nn.init.zeros_(m.weight)
-        if self.labels is not None:
-            nn.init.normal_(self.labels.weight, std=0.02)
+            if name in ("time.0", "time.2", "labels"):
+                nn.init.normal_(m.weight, std=0.02)
 
     def forward(self, tokens, c_noise, visible=None, labels=None):
         angle = c_noise[:, None] * self.freq
@@ -272,7 +264,7 @@ P_MEAN, P_STD = -1.2, 1.2  # of ln sigma in training (EDM table 1)
 def need_noise(kind, feature):
     """Exit if a feature that is derived for one kind of noise model meets another."""
     if kind != NOISE:
-        sys.exit(f"{feature} is for the noise model {kind}, but this is {NOISE}")
+        fail(f"{feature} is for the noise model {kind}, but this is {NOISE}")
 
 def sigma_of(z, mean=P_MEAN, std=P_STD):
     """Noise levels from standard normal draws or quantiles z (EDM table 1)."""
@@ -394,8 +386,7 @@ def consistency_objective(model, config, cfg, step, clean, noise, sigma, visible
     t, x_t = sigma, noised(clean, noise, sigma)
     edges = segment_edges(config.cm_segments).to(t, non_blocking=True)
     lower = torch.where(edges[1:] < t[:, None], edges[1:], 0).amax(dim=1)  # of t's segment
-    stage = step / max(1, math.ceil(cfg.steps / cfg.cm_stages))
-    stage = stage if cfg.cm_smooth else math.floor(stage)
+    stage = step // max(1, math.ceil(cfg.steps / cfg.cm_stages))
     r = torch.maximum(consistency_step(t, stage, cfg.cm_q, cfg.cm_k, cfg.cm_b), lower)
     goal = clean  # where the ODE leads, judged by this image alone
     seen = visible if config.decoder_depth else None  # of the answer the visible patches count
@@ -419,21 +410,17 @@ def consistency_objective(model, config, cfg, step, clean, noise, sigma, visible
 # ---- Continual learning: what each weight is worth, and what a teacher answers.
 def fisher_information(denoiser, config, batch, autocast):
     """Diagonal Fisher information of the denoising loss, E (d loss / d weight)^2 (EWC): a list.
-    The mean over the images of a batch, of all processes, of each image's squared gradient."""
+    The mean over the images of a batch of each one's squared gradient."""
     parameters = list(denoiser.parameters())
-    total, count = [torch.zeros_like(p) for p in parameters], len(batch["clean"])
-    for i in range(count):
+    total = [torch.zeros_like(p) for p in parameters]
+    for i in range(len(batch["clean"])):
         one = {k: None if batch[k] is None else batch[k][i : i + 1]
                for k in ("clean", "noise", "sigma", "visible", "labels")}
         with autocast:
             loss = diffusion_objective(denoiser, config, **one).sum()
         gradients = torch.autograd.grad(loss, parameters)
         torch._foreach_addcmul_(total, gradients, gradients)
-    if dist.is_initialized():  # each process had its part of the images
-        count = torch.tensor(float(count), device=total[0].device)
-        for t in (count, *total):
-            dist.all_reduce(t)
-    return [t / count for t in total]
+    return [t / len(batch["clean"]) for t in total]
 
 @torch.no_grad()
 def teach(teacher, n_new, clean, noise, sigma, visible, labels):
@@ -445,23 +432,21 @@ def teach(teacher, n_new, clean, noise, sigma, visible, labels):
     return torch.cat([clean[:n_new], teacher(x, sigma[n_new:], shown, classes)])
 
 # ---- Checkpoints: one file of tensors and plain values, replaced as a whole or not at all.
-def save_checkpoint(path, checkpoint):
-    """Write a checkpoint beside `path`, sync it, rename it; the one it replaces becomes *.prev.pt.
-    Whenever the machine stops, one of them is whole. Exits with a sentence if the disk is full."""
-    temporary = f"{path}.tmp"
+def replace_file(path, write, keep=None):
+    """write(file) beside `path`, sync, rename; what it replaces gets the name `keep`, if any. When
+    the machine stops, one of them is whole. Exits with a sentence if the disk is full."""
     try:
-        with open(temporary, "wb") as f:
-            torch.save(checkpoint, f)
+        with open(f"{path}.tmp", "wb") as f:
+            write(f)
             f.flush()
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        sys.exit(f"{path} could not be written ({e}): the one before is whole, so make room and go "
-                 "on with --resume")
-    if os.path.exists(path):
-        os.replace(path, path.removesuffix(".pt") + ".prev.pt")
-    os.replace(temporary, path)
+        if os.path.exists(f"{path}.tmp"):
+            os.remove(f"{path}.tmp")
+        fail(f"{path} could not be written ({e}); what was there is whole: make room, go on")
+    if keep and os.path.exists(path):
+        os.replace(path, keep)
+    os.replace(f"{path}.tmp", path)
 
 def load_checkpoint(path):
     """Read a checkpoint of train.py, on the CPU; exits with a sentence if `path` is not one."""
@@ -469,13 +454,14 @@ def load_checkpoint(path):
         with zipfile.ZipFile(path) as z:  # torch.load itself does not compare the sums
             if damaged := z.testzip():
                 raise ValueError(f"wrong sum of {damaged}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        mmap = os.name != "nt"  # read when used; Windows could not replace a mapped file
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         stored, known = checkpoint["architecture"], {f.name for f in fields(ModelConfig)}
         if stored.get("sigma_data", SIGMA_DATA) != SIGMA_DATA:
             raise ValueError("a model of latents that were not normalised")
         checkpoint["architecture"] = {k: v for k, v in stored.items() if k in known}
     except Exception as e:  # the file's bytes decide which
-        sys.exit(f"{path} is no whole checkpoint of train.py ({e!r:.200})")
+        fail(f"{path} is no whole checkpoint of train.py ({e!r:.200})")
     need_noise(checkpoint.get("noise", "edm"), path)
     return checkpoint
 

@@ -35,9 +35,9 @@ from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageOps
 from tqdm import tqdm
 
 def need(fact, message):
-    """A user's mistake ends the script with one sentence and exit code 1."""
+    """A user's mistake ends the script with one sentence, told by one process of each machine."""
     if not fact:
-        sys.exit(message)
+        sys.exit(message if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 class Parser(argparse.ArgumentParser):
     """argparse with one line a setting; a complaint is one sentence and exit code 1."""
@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         unknown = re.findall(r"^unrecog.*?(--[^\s=]+)", message)
         near = unknown and difflib.get_close_matches(unknown[0], self._option_string_actions)
         hint = f", did you mean {near[0]}?" if near else ""
-        sys.exit(f"{self.prog}: {message}{hint} (--help lists the settings)")
+        need(False, f"{self.prog}: {message}{hint} (--help lists the settings)")
 
 # ---- What training reads.
 class Images:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import (SIGMA_DATA, Denoiser, ModelConfig, load_checkpoint, need_noise, patchify,
-                   sampler_levels, segment_edges, unpatchify)
+                   replace_file, sampler_levels, segment_edges, unpatchify)
 from prepare_data import Parser, need, to_image
 
 # ---- Noise, noise levels, steps.
@@ -82,19 +82,15 @@ def sample_loop(denoise, x, sigmas, sampler="heun", draw=None, churn=CHURN):
         x = x_next
     return x
 
-def guided(denoiser, labels, cfg_scale, interval=(0.0, math.inf), guide=None):
+def guided(denoiser, labels, cfg_scale, interval=(0.0, math.inf)):
     """denoise(x, sigma) with classifier-free guidance D_null + g (D_label - D_null).
     Scale 1 evaluates the labels only, 0 the null class only. Outside low < sigma <= high of
-    `interval` the scale is 1 (arXiv 2404.07724). With `guide`, a weaker denoiser,
-    D_guide + g (D - D_guide) (autoguidance, arXiv 2406.02507)."""
+    `interval` the scale is 1 (arXiv 2404.07724)."""
     null = None if labels is None else torch.full_like(labels, -1)
 
     def denoise(x, sigma):
         scale = cfg_scale if interval[0] < sigma <= interval[1] else 1
         sigma = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
-        if guide is not None and scale != 1:
-            weak = guide(x, sigma, labels=labels)
-            return weak if scale == 0 else weak + scale * (denoiser(x, sigma, labels=labels) - weak)
         if labels is None or scale in (0, 1):
             return denoiser(x, sigma, labels=null if scale == 0 else labels)
         both = denoiser(torch.cat([x, x]), torch.cat([sigma] * 2), labels=torch.cat([labels, null]))
@@ -113,7 +109,7 @@ def load_denoiser(path, weights="ema", device="cpu"):
 
 @torch.inference_mode()
 def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0.821,
-             churn=CHURN, cfg_scale=1.0, cfg_interval=(0.0, math.inf), guide=None, labels=None,
+             churn=CHURN, cfg_scale=1.0, cfg_interval=(0.0, math.inf), labels=None,
              batch_size=64, dtype=torch.float32):
     """Yield (indices, images) batch by batch for the given image indices.
     images: numpy uint8 (b, H, W, C), or latents, float32 (b, C, H, W) on their own scale. `labels`:
@@ -135,7 +131,7 @@ def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0
         cycled = [labels[i % len(labels)] for i in batch] if labels else None
         classes = torch.tensor(cycled, device=device) if labels else None
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            denoise = guided(denoiser, classes, cfg_scale, cfg_interval, guide)
+            denoise = guided(denoiser, classes, cfg_scale, cfg_interval)
             x = sample_loop(denoise, draw(), sigmas, sampler, draw, churn)
         images = unpatchify(x, c.patch_size).float().cpu()
         if c.latent:
@@ -180,12 +176,6 @@ def meet():  # all processes wait for each other
     if dist.is_initialized():
         dist.barrier()
 
-def replace_file(path, write):
-    """write(file) to a temporary file beside `path`, then rename: never half a file."""
-    with open(f"{path}.tmp", "wb") as f:
-        write(f)
-    os.replace(f"{path}.tmp", path)
-
 def save_grid(path, images, columns=None):
     """Write images uint8 (N, H, W, C) as one picture; latents (N, C, H, W): the first channels."""
     if images.dtype != np.uint8:
@@ -205,6 +195,10 @@ def pick_device(name, local_rank=0):
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     name = next(d for d in here if here[d]) if name == "auto" else name
     need(here[name], f"--device {name} is not available here: use --device auto")
+    if name == "cpu" and torch.version.cuda and os.path.exists("/proc/driver/nvidia/version"):
+        print("this machine has a GPU that torch cannot use: is its driver old?", file=sys.stderr)
+    need(name != "cuda" or local_rank < torch.cuda.device_count(), f"process {local_rank} here has "
+         f"no GPU, there are {torch.cuda.device_count()}: give torchrun a smaller --nproc_per_node")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 def pick_dtype(name, device):
@@ -228,11 +222,11 @@ def add_flags(parser, batch_size):
     add("device", "auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     add("dtype", "float32", "of the network", choices=("float32", "bfloat16"))
 
-def sampling_settings(args, denoiser, checkpoint, guide=None):
+def sampling_settings(args, denoiser, checkpoint):
     """What `generate` is to be told, from the flags that sample.py and fid.py have in common."""
     trained, c = checkpoint["config"], denoiser.config
-    need(args.cfg_scale == 1 or guide or c.num_classes and trained.get("label_dropout", 0.1),
-         "--cfg_scale needs a model trained with and without classes, or sample.py's --guide_ckpt")
+    need(args.cfg_scale == 1 or c.num_classes and trained.get("label_dropout", 0.1),
+         "--cfg_scale needs a model that was trained with classes and without (--label_dropout)")
     # ECT's second noise level, by the preset that the model was tuned with
     mid = args.mid_sigma or {"imagenet64": 1.526}.get(trained.get("cm_preset"), 0.821)
     sampler, sigmas = noise_levels(c, args.sampler, args.steps, mid)
@@ -253,7 +247,6 @@ def main(argv=None):
     add("num", 64, "number of images")
     add("out", "out/samples.png", ".png: a grid; .npz: arr_0; else a folder of PNGs")
     add("weights", "ema", "of the checkpoint", choices=("ema", "raw"))
-    add("guide_ckpt", None, "guide by this weaker model instead of the null class")
     add("cfg_interval", "0,inf", "guide between these noise levels only, such as 0.2,5")
     add("labels", None, "classes to draw, names or numbers, cycled over the images; default: all")
     add_flags(parser, batch_size=64)
@@ -264,8 +257,7 @@ def main(argv=None):
     labels = [*range(denoiser.config.num_classes)]
     names = checkpoint["class_names"] if labels else []
     labels = class_numbers(args.labels, names) if args.labels else labels
-    guide = args.guide_ckpt and load_denoiser(args.guide_ckpt, args.weights, device)[0]
-    settings = dict(sampling_settings(args, denoiser, checkpoint, guide), labels=labels,
+    settings = dict(sampling_settings(args, denoiser, checkpoint), labels=labels,
                     cfg_interval=[float(level) for level in args.cfg_interval.split(",")])
     suffix = os.path.splitext(args.out)[1]
     need(suffix in (".npz", ".png") or not denoiser.config.latent,
@@ -275,16 +267,15 @@ def main(argv=None):
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # they meet before and after
 
     def batches(indices):
-        return generate(denoiser, indices, batch_size=args.batch_size, guide=guide,
+        return generate(denoiser, indices, batch_size=args.batch_size,
                         dtype=getattr(torch, args.dtype), **settings)
 
     if rank == 0:
         print(f"{args.num} samples of {args.ckpt}, step {checkpoint['step']}, {args.weights} "
               f"weights, {settings['sampler']} {settings['steps']}, on {device}", file=sys.stderr)
     if suffix != ".png":
-        models = [f and [f, os.path.getmtime(f)] for f in (args.ckpt, args.guide_ckpt)]
         describe = dict(settings, num=args.num, batch_size=args.batch_size, weights=args.weights,
-                        dtype=args.dtype, models=models)
+                        dtype=args.dtype, model=[args.ckpt, os.path.getmtime(args.ckpt)])
         write_all(args.out, batches, args.num, args.batch_size, describe, names, rank, world)
     elif rank == 0:
         made = tqdm(batches(range(args.num)), "sampling", -(-args.num // args.batch_size))

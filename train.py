@@ -34,12 +34,12 @@ import sample
 from model import (NOISE, P_MEAN, P_STD, PRESETS, Denoiser, ModelConfig,
                    consistency_objective, count_visible, diffusion_objective, fisher_information,
                    load_checkpoint, load_what_fits, mask_ratios, need_noise, normalised, patchify,
-                   sample_visible, save_checkpoint, sigma_of, teach)
+                   replace_file, sample_visible, sigma_of, teach)
 from prepare_data import Images, Parser, need
 
 # ---- Settings: typed, else the resumed run's, else CONSISTENCY, DEFAULTS, those in parse().
 GPU = dict(preset="maskdm-64", beta1=0.99, lr=2e-4, steps=100_000, lr_schedule="constant",
-           grad_clip=0.0, eval_every=2000, save_every=2000)  # MaskDM's settings at 64 px
+           warmup=0, grad_clip=0.0, eval_every=2000, save_every=2000)  # as MaskDM at 64 px
 DEFAULTS = {  # (stage, whether on a GPU); on two cores ten minutes for both stages
     ("pt", False): dict(batch_size=48, steps=2500, lr=4e-3, lr_schedule="constant"),
     ("ft", False): dict(eval_every=1400, sample_every=1400, save_every=1400),
@@ -50,7 +50,7 @@ DEFAULTS = {  # (stage, whether on a GPU); on two cores ten minutes for both sta
     ("cm", True): GPU | dict(batch_size=128, sample_every=5000, steps=200_000, lr=1e-4, beta1=0.9,
                              cm_stages=8, dtype="float32"),
 }
-TUNING = dict(beta1=0.9, weight_decay=0.0, warmup=0, grad_clip=0.0, ema=0.9999)
+TUNING = dict(beta1=0.9, weight_decay=0.0, warmup=0, grad_clip=0.0, ema=0.9999, label_dropout=0.0)
 CONSISTENCY = {  # ECT, arXiv 2406.14548, appendix; its networks have dropout, this one has none
     "cifar10": TUNING | dict(p_mean=-1.1, p_std=2.0, optimizer="radam", beta2=0.999),
     "imagenet64": TUNING | dict(p_mean=-0.8, p_std=1.6, cm_q=4.0, cm_c=0.06, cm_weight="edm",
@@ -72,7 +72,6 @@ def parse(argv):
     add("resume", None, "go on with a run", nargs="?", const="last", choices=("last", "auto"))
     add("mask_ratio", 0.0, "share of the patches hidden; > 0 is stage 1")
     add("mask_ratio_end", None, "share at the end, if another", type=float)
-    add("mask_schedule", "cosine4", "in between: linear, cosine, cosine2 or cosine4")
     add("mask_type", "block", "what is hidden: patch, block; crop: all but one square")
     add("block_size", 2, "patches a side of a hidden block")
     add("preset", "demo", "network size", choices=tuple(PRESETS))
@@ -89,7 +88,6 @@ def parse(argv):
     add("cm_q", 2.0, "1 - r/t shrinks by this factor a stage")
     add("cm_k", 8.0, "how much wider 1 - r/t is at low noise; 0: equal")
     add("cm_b", 1.0, "how fast that falls with the noise level")
-    add("cm_smooth", False, "close the pairs in every step rather than by stages")
     add("cm_c", 0.0, "constant of the pseudo-Huber distance")
     add("cm_weight", "gap", "1/(t - r), or 1/t^2 + 1/sigma_data^2", choices=("gap", "edm"))
     add("cm_segments", 1, "segments of the noise levels, one sampling step each")
@@ -113,7 +111,7 @@ def parse(argv):
     add("beta1", 0.9, "first beta of the optimizer")
     add("beta2", 0.99, "second beta of the optimizer")
     add("grad_clip", 1.0, "largest norm of the gradient, 0 for no limit")
-    add("ema", 0.999, "decay of the averaged weights; it grows to this in a run from scratch")
+    add("ema", 0.999, "decay of the averaged weights")
     add("p_mean", P_MEAN, "mean of ln sigma in training")
     add("p_std", P_STD, "standard deviation of ln sigma")
     add("hflip", False, "flip half of the images left-right")
@@ -175,39 +173,39 @@ def shuffled(n, seed, epoch):
     return torch.randperm(n, generator=sample.seeded(seed, 0, epoch)).numpy()
 
 class Stream:
-    """Batches by step number: of `new` images and, for a share of each batch, of `old` ones.
-    Each is like prepare_data.Images and comes in epochs of fresh order, so that any step can be
-    loaded directly. In a batch, and in the numbers of the images, the new ones come first."""
+    """Batches by step number, of images like prepare_data.Images. Those after the first `new` are
+    old: a share of each batch. New and old ones come in epochs of fresh order each, so that any
+    step can be loaded directly; in a batch the new ones come first."""
 
-    def __init__(self, new, old, cfg, config, device, rank=0, world=1):
-        self.cfg, self.config, self.device = cfg, config, device
-        n_old = round(cfg.replay_frac * cfg.batch_size) if old and cfg.replay_coef else 0
-        need(0 < n_old <= cfg.batch_size or not (old and cfg.replay_coef), "--replay_frac leaves "
-             f"{n_old} of {cfg.batch_size} images for the old ones: choose another")
-        n_new, self.n_old = cfg.batch_size - n_old, n_old
-        self.sources = [(new, n_new, 0), (old, n_old, len(new))][: 2 if n_old else 1]
+    def __init__(self, images, new, cfg, config, device, rank=0, world=1):
+        self.images, self.cfg, self.config, self.device = images, cfg, config, device
+        old = len(images) - new if cfg.replay_coef else 0
+        n_old = round(cfg.replay_frac * cfg.batch_size) if old else 0
+        need(0 < n_old <= cfg.batch_size or not old, f"--replay_frac leaves {n_old} of "
+             f"{cfg.batch_size} images for the old ones: choose another")
+        n_new = cfg.batch_size - n_old
+        self.parts = [(n_new, new, 0), (n_old, old, new)][: 2 if n_old else 1]
         self.mine = slice(rank, None, world)  # every world-th image: some of each kind
         self.n_new = len(range(rank, n_new, world))  # in this process
         # Weight of each image in the mean over the batch, for L_new + replay_coef L_old.
         weight = torch.full((cfg.batch_size,), cfg.batch_size / max(n_new, 1))
         weight[n_new:] = cfg.replay_coef * cfg.batch_size / max(n_old, 1)
         self.weight = self.move(weight[self.mine])
-        # Source and class of each image in one number, for `references`.
-        self.kind = np.concatenate([2 * source.labels * (config.num_classes > 0) + (first > 0)
-                                    for source, _, first in self.sources])
+        # Class and age of each image in one number, for `references`.
+        self.kind = 2 * images.labels * (config.num_classes > 0) + (np.arange(len(images)) >= new)
         self.order = self.kind.argsort()
-        self.ratios = mask_ratios(cfg)
+        self.ratios = mask_ratios(cfg.mask_ratio, cfg.mask_ratio_end)
         self.visible = [count_visible(config.grid, ratio, cfg.mask_type, cfg.block_size)
                         for ratio in self.ratios]
         need(0 < min(self.visible) < config.grid**2 or cfg.mask_ratio == 0, "the mask shows "
              f"{min(self.visible)} of {config.grid**2} patches: choose another ratio or block_size")
 
     def index(self, step):
-        """The numbers of the images of a global batch: a walk through each source by epochs."""
+        """The numbers of the images of a global batch: a walk through each part by epochs."""
         drawn = []
-        for source, n, first in self.sources:
-            places = np.divmod(np.arange(step * n, step * n + n), len(source))
-            drawn += [first + shuffled(len(source), self.cfg.seed, e)[i] for e, i in zip(*places)]
+        for n, size, first in self.parts:
+            places = np.divmod(np.arange(step * n, step * n + n), size)
+            drawn += [first + shuffled(size, self.cfg.seed, e)[i] for e, i in zip(*places)]
         return np.array(drawn, np.int64)
 
     def load(self, step):
@@ -226,22 +224,17 @@ class Stream:
         clean, labels = self.read(index, flip[mine], None if config.takes_all else visible)
         labels[dropped[mine]] = -1
         g = sample.seeded(cfg.seed, 2, step, device=self.device)
-        noise = torch.randn(n, *clean.shape[1:], generator=g, device=self.device)[mine]
+        noise = torch.randn(n, *clean.shape[1:], generator=g, device=self.device)[mine].contiguous()
         labels = self.move(labels) if config.num_classes else None
         visible = None if visible is None else self.move(visible)
         return dict(index=index, clean=clean, noise=noise, sigma=self.move(sigma[mine]),
                     visible=visible, labels=labels, **self.references(step))
 
     def read(self, index, flip, visible=None):
-        """The visible patches (None: all) of some images, new ones first, and their labels."""
-        parts, labels = [], []
-        for source, _, first in self.sources:
-            own = (first <= index) & (index < first + len(source))
-            shown = None if visible is None else visible.numpy()[own]
-            parts.append(source.read(index[own] - first, shown, flip[own]))
-            labels.append(source.labels[index[own] - first])
-        patches, labels = (torch.from_numpy(np.concatenate(x)) for x in (parts, labels))
-        return normalised(self.move(patches), self.config.latent), labels
+        """The visible patches (None: all) of some images, and their labels."""
+        patches = self.images.read(index, None if visible is None else visible.numpy(), flip)
+        labels = torch.from_numpy(self.images.labels[index])
+        return normalised(self.move(torch.from_numpy(patches)), self.config.latent), labels
 
     def references(self, step):
         """The whole images over which a batch averages (SCT), and their labels. They are drawn from
@@ -295,7 +288,7 @@ def configure_optimizers(denoiser, cfg):
     return [kind([dict(params=list(denoiser.parameters()), initial_lr=cfg.lr)], lr=cfg.lr,
                  betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, **how)]
 
-def pull_of(cfg, denoiser, device, autocast, rank, world):
+def pull_of(cfg, denoiser, device, autocast):
     """[(weight, where it is pulled to, how strongly)]: to the anchor's weights, by l2 + ewc * their
     Fisher information on whole images of ewc_data; the same when the run starts or resumes."""
     anchor, stored = sample.load_denoiser(cfg.anchor or cfg.init_from, cfg.init_weights, device)
@@ -305,7 +298,7 @@ def pull_of(cfg, denoiser, device, autocast, rank, world):
                         stored["class_names"] or ())
         whole = deepcopy(cfg)
         vars(whole).update(mask_ratio=0.0, mask_ratio_end=None, loss="diffusion", batch_size=512)
-        batch = Stream(images, None, whole, anchor.config, device, rank, world).load(0)
+        batch = Stream(images, len(images), whole, anchor.config, device).load(0)
         fisher = fisher_information(anchor.requires_grad_(True), anchor.config, batch, autocast)
         strength = [cfg.l2 + cfg.ewc * f for f in fisher]
     theirs = {n: (p.detach(), c) for (n, p), c in zip(anchor.named_parameters(), strength)}
@@ -315,17 +308,14 @@ def pull_of(cfg, denoiser, device, autocast, rank, world):
 def build(cfg, source, start, device, rank, world, say):
     """What a run works with, where it starts; the classes that its model knows are the first."""
     known = (start.get("class_names") or []) if cfg.class_cond else []
-    new = Images(cfg.data, "train", cfg.patch_size, known)
-    names = new.meta["class_names"] or []
-    old = Images(cfg.replay, "train", cfg.patch_size, names) if cfg.replay else None
-    names = (old or new).meta["class_names"] or []
-    kinds = {(x.meta["size"], x.meta["channels"], not x.meta["latent"]) for x in (new, old) if x}
-    need(len(kinds) == 1, f"{cfg.data} and {cfg.replay} hold {kinds}, which can't be mixed")
+    sets = ",".join(filter(None, (cfg.data, cfg.replay)))
+    images, new = Images(sets, "train", cfg.patch_size, known), len(Images(cfg.data))
+    names, meta = images.meta["class_names"] or [], images.meta
     need(names or not cfg.class_cond, f"{cfg.data} has no labels: give --no-class_cond")
-    latent = start["architecture"].get("latent") if start else new.meta["latent"]
-    need(bool(latent) == bool(new.meta["latent"]), f"either {cfg.data} or the model is latent")
-    config = ModelConfig(**{k: getattr(cfg, k) for k in ARCHITECTURE}, image_size=new.meta["size"],
-                         channels=new.meta["channels"], latent=latent or (),
+    latent = start["architecture"].get("latent") if start else meta["latent"]
+    need(bool(latent) == bool(meta["latent"]), f"either {cfg.data} or the model is latent")
+    config = ModelConfig(**{k: getattr(cfg, k) for k in ARCHITECTURE}, image_size=meta["size"],
+                         channels=meta["channels"], latent=latent or (),
                          num_classes=len(names) if cfg.class_cond else 0,
                          cm_segments=cfg.cm_segments if cfg.loss == "consistency" else 0)
     torch.manual_seed(sample.seed_of(cfg.seed, 4))
@@ -343,7 +333,7 @@ def build(cfg, source, start, device, rank, world, say):
         for optimizer, stored in zip(optimizers, start["optimizer"]):  # the settings are today's
             optimizer.load_state_dict(optimizer.state_dict() | {"state": stored["state"]})
         say(f"resumed from step {step}")
-    stream = Stream(new, old, cfg, config, device, rank, world)
+    stream = Stream(images, new, cfg, config, device, rank, world)
     return stream, denoiser, ema, optimizers, step if source else 0, names
 
 # ---- The run.
@@ -367,7 +357,7 @@ def main(argv=None):
         cfg, source, start, device, rank, world, say)
     config, weights, average = denoiser.config, [*denoiser.parameters()], [*ema.parameters()]
     del start
-    pull = pull_of(cfg, denoiser, device, autocast, rank, world) if cfg.l2 or cfg.ewc else []
+    pull = pull_of(cfg, denoiser, device, autocast) if cfg.l2 or cfg.ewc else []
     teacher = None
     if cfg.distill_from:
         teacher, theirs = sample.load_denoiser(cfg.distill_from, "ema", device)
@@ -382,6 +372,8 @@ def main(argv=None):
     need(share and cfg.batch_size % (world * micro) == 0, f"batch_size {cfg.batch_size} is not "
          f"divisible by {world} processes x micro_batch {micro}: change one of the three")
 
+    # As published, the average has one decay here; elsewhere it warms up, after which it is better.
+    tuned = cfg.init_from and (cfg.loss == "consistency" or cfg.decoder_depth)
     name = run_name(cfg)
     path, before = (os.path.join(cfg.out_dir, name + end) for end in (".pt", ".prev.pt"))
     for used in filter(None, (cfg.init_from, cfg.anchor, cfg.distill_from)):
@@ -396,10 +388,11 @@ def main(argv=None):
     def save(path):
         settings = {k: v for k, v in vars(cfg).items() if k not in LOCAL}
         if rank == 0:
-            save_checkpoint(path, dict(
+            checkpoint = dict(
                 model=denoiser.state_dict(), ema=ema.state_dict(), architecture=asdict(config),
                 optimizer=[optimizer.state_dict() for optimizer in optimizers], step=step,
-                config=settings, class_names=names or None, noise=NOISE))
+                config=settings, class_names=names or None, noise=NOISE)
+            replace_file(path, partial(torch.save, checkpoint), keep=f"{path[:-3]}.prev.pt")
 
     def log(**record):
         if rank == 0:
@@ -480,7 +473,7 @@ def main(argv=None):
                 weight.grad.add_((weight.detach() - anchor) * strength)
             for optimizer in optimizers:
                 optimizer.step()
-            decay = cfg.ema if cfg.init_from else min(cfg.ema, (1 + step) / (10 + step))
+            decay = cfg.ema if tuned else min(cfg.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(average, [p.detach() for p in weights], 1 - decay)
             bad = 0
         else:

@@ -12,6 +12,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
+import model  # noqa: E402 (after the path)
+
 torch.set_num_threads(1)  # small tensors: a second thread gains little, and loses much on busy cores
 
 
@@ -44,6 +46,11 @@ def dataset(tmp_path_factory):
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("data") / "labelled", classes=3)
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint as train.py does; the one that it replaces is kept."""
+    model.replace_file(path, lambda file: torch.save(checkpoint, file), keep=path.removesuffix(".pt") + ".prev.pt")
 
 
 def run(script, *args, processes=1, timeout=240, **environment):

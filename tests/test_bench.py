@@ -21,5 +21,6 @@ def test_flops_by_formula_are_those_that_torch_counts(ratio, decoder):
         denoiser(torch.randn(b, shown, config.token_dim), torch.rand(b) + 0.1, visible)
     width = config.decoder_dim or d
     modulations = 6 * d * (config.depth * d + config.decoder_depth * width) + 2 * d * width
+    modulations += 2 * d * d if config.decoder_depth else 0  # the layer by which the decoder is entered
     per_image = 2 * (modulations + 2 * d * d)  # and the time MLP
     assert counter.get_total_flops() == b * (bench.token_flops(config, k) / 3 + per_image)

@@ -44,8 +44,7 @@ class Exact:
 
 
 def settings(**changes):
-    return Namespace(**{**dict(steps=800, cm_stages=8, cm_q=2.0, cm_k=0.0, cm_b=1.0, cm_c=0.0, cm_weight="gap",
-                               cm_smooth=False), **changes})
+    return Namespace(**{**dict(steps=800, cm_stages=8, cm_q=2.0, cm_k=0.0, cm_b=1.0, cm_c=0.0, cm_weight="gap"), **changes})
 
 
 def draw(b=6, seed=0):
@@ -204,24 +203,11 @@ def test_the_network_is_asked_twice_and_the_target_gets_no_gradient():
         assert torch.allclose(a, b, rtol=1e-8, atol=1e-12)
 
 
-def test_a_smooth_schedule_meets_the_stepwise_one_at_the_start_of_each_stage():
-    clean, noise = draw()
-    sigma = torch.linspace(0.5, 20, 6, dtype=torch.float64)
-
-    def loss(step, **changes):
-        model = Exact()
-        consistency_objective(model, CONFIG, settings(**changes), step, clean, noise, sigma, None, None)
-        return model.calls[0][0]  # the lower levels
-
-    assert torch.allclose(loss(300, cm_smooth=True), loss(300))
-    assert torch.equal(loss(399), loss(300)) and (loss(399, cm_smooth=True) > loss(300)).all()
-
-
 MASKED = ["--mask_ratio=0.5", "--mask_type=patch"]
 
 
 @pytest.mark.parametrize("extra", [
-    [], ["--ref_batch=9", "--class_cond", "--hflip"], ["--cm_segments=2", "--cm_smooth"], [*MASKED, "--ref_batch=9"],
+    [], ["--ref_batch=9", "--class_cond", "--hflip"], ["--cm_segments=2"], [*MASKED, "--ref_batch=9"],
     [*MASKED, "--ref_batch=9", "--route=0,1"], [*MASKED, "--cm_preset=imagenet64", "--mask_ratio_end=0"]])
 def test_tuning_runs_resumes_and_is_sampled_by_the_right_rule(labelled, tmp_path, extra, capsys):
     base = [f"--data={labelled}", f"--out_dir={tmp_path}", "--batch_size=12"]
@@ -257,7 +243,7 @@ def test_on_a_gpu_pairs_end_as_close_as_in_the_papers_and_are_computed_in_float3
                         steps=100_000, p_mean=-0.8, p_std=1.6, cm_q=4, cm_c=0.06, cm_weight="edm"))])
 def test_presets_are_the_settings_of_the_official_code(monkeypatch, preset, official):
     official |= dict(batch_size=128, weight_decay=0, grad_clip=0, warmup=0, hflip=False, class_cond=False,
-                     cm_k=8, cm_b=1, cm_smooth=False)
+                     cm_k=8, cm_b=1)
     monkeypatch.setattr(sample, "pick_device", lambda name, rank=0: torch.device("cuda", 0))
     cfg, _, _ = train.parse(["--loss=consistency", f"--cm_preset={preset}"])
     assert {k: getattr(cfg, k) for k in official} == official
@@ -265,20 +251,20 @@ def test_presets_are_the_settings_of_the_official_code(monkeypatch, preset, offi
 
 @pytest.mark.parametrize("batch, references", [(10, 61), (40, 9), (7, 8)])
 def test_references_are_of_the_sources_and_classes_in_the_batch(tmp_path, batch, references):
-    sets = [Images(str(make_dataset(tmp_path / name, n=300, classes=n)), "train", 4)
-            for name, n in (("new", 50), ("old", 3))]
+    sets = [str(make_dataset(tmp_path / name, n=300, classes=n)) for name, n in (("new", 50), ("old", 3))]
+    images = Images(",".join(sets), "train", 4)
     cfg, _, _ = train.parse(["--loss=consistency", f"--batch_size={batch}", f"--ref_batch={references}",
                              "--replay_frac=0.3", "--label_dropout=0", "--replay=old", "--hflip"])
     for classes in (50, 0):
         config = replace(CONFIG, image_size=16, channels=3, patch_size=4, num_classes=classes)
-        stream, drawn = train.Stream(*sets, cfg, config, torch.device("cpu")), []
+        stream, drawn = train.Stream(images, 300, cfg, config, torch.device("cpu")), []
         read = stream.read
         stream.read = lambda index, *rest: (drawn.append(index), read(index, *rest))[1]
         for step in range(30):
             drawn.clear()
             load = stream.load(step)
             index, chosen = drawn
-            labels = np.concatenate([s.labels for s in sets])
+            labels = images.labels
             kinds = lambda i: list(zip(labels[i] * (classes > 0), i >= 300))
             assert len(chosen) == references - 1 and {*kinds(chosen)} <= {*kinds(index)}
             assert references < batch or {*kinds(chosen)} == {*kinds(index)}  # every image has some of its own
@@ -289,7 +275,7 @@ def test_references_are_drawn_evenly_from_a_class(tmp_path):
     sets = Images(str(make_dataset(tmp_path / "set", n=40, classes=2)), "train", 4)
     cfg, _, _ = train.parse(["--loss=consistency", "--batch_size=8", "--ref_batch=401"])
     config = replace(CONFIG, image_size=16, channels=3, patch_size=4, num_classes=2)
-    stream, counts = train.Stream(sets, None, cfg, config, torch.device("cpu")), np.zeros(40)
+    stream, counts = train.Stream(sets, 40, cfg, config, torch.device("cpu")), np.zeros(40)
     stream.read = lambda index, flip: (np.add.at(counts, index, 1), (torch.zeros(1), torch.zeros(1)))[1]
     for step in range(100):
         stream.references(step)
@@ -335,20 +321,12 @@ def test_segments_are_sampled_by_one_exact_step_each(segments):
     assert torch.allclose(x, ode(80 * noise, torch.tensor(80.0), torch.tensor(0.0)))
 
 
-def test_a_weaker_model_guides(tmp_path):
-    strong, weak = torch.full((2, 1), 3.0), torch.full((2, 1), 2.0)
-    main, guide = (lambda x, sigma, labels=None, v=v: v for v in (strong, weak))
-    for scale, expected in ((1, 3), (0, 2), (2, 4), (1.5, 3.5)):
-        assert sample.guided(main, None, scale, guide=guide)(strong, 1.0).tolist() == [[expected]] * 2
-
-
 def test_mistakes_get_a_sentence(dataset, tmp_path):
     args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12", "--steps=2"]
     train.main(args + TINY)
     tune = [*args, *TINY[4:], "--loss=consistency", f"--init_from={tmp_path}/ft.pt"]
-    guided = ["--ckpt", tmp_path / "ft.pt", "--num=2", "--steps=2", "--out", tmp_path / "x.png", "--guide_ckpt"]
-    sample.main([str(a) for a in [*guided, tmp_path / "ft.pt", "--cfg_scale=2"]])
-    assert "classes" in mistake(sample.main, *guided[:-1], "--cfg_scale=2")
+    guided = ["--ckpt", tmp_path / "ft.pt", "--num=2", "--steps=2", "--out", tmp_path / "x.png", "--cfg_scale=2"]
+    assert "classes" in mistake(sample.main, *guided)
     train.main([*tune, "--cm_segments=3"])
     several = ["--ckpt", tmp_path / "cm.pt", "--num=2", "--out", tmp_path / "y.png"]
     assert "3 segments" in mistake(sample.main, *several, "--steps=2")

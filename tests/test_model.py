@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import mistake
+from conftest import mistake, save_checkpoint
 
 import model
 import sample
@@ -353,8 +353,8 @@ def stored(denoiser, **changes):
 def test_a_checkpoint_comes_back_as_it_was_and_keeps_the_one_before(tmp_path):
     path = str(tmp_path / "ft.pt")
     denoiser = random_denoiser(num_classes=3, depth=3, route=(1, 2)).float()
-    model.save_checkpoint(path, stored(denoiser))
-    model.save_checkpoint(path, stored(denoiser, step=2))
+    save_checkpoint(path, stored(denoiser))
+    save_checkpoint(path, stored(denoiser, step=2))
     assert model.load_checkpoint(path)["step"] == 2
     assert model.load_checkpoint(str(tmp_path / "ft.prev.pt"))["step"] == 1
     again, _ = sample.load_denoiser(path)
@@ -396,7 +396,7 @@ def test_a_model_of_another_kind_of_noise_is_refused_in_a_sentence(tmp_path):
 def test_a_full_disk_leaves_both_checkpoints_whole(tmp_path, monkeypatch, place):
     path, content = str(tmp_path / "ft.pt"), stored(random_denoiser().float())
     for step in (1, 2):
-        model.save_checkpoint(path, content | {"step": step})
+        save_checkpoint(path, content | {"step": step})
 
     def full(*args, **kwargs):
         if place == "save":
@@ -404,7 +404,7 @@ def test_a_full_disk_leaves_both_checkpoints_whole(tmp_path, monkeypatch, place)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(model if place == "open" else torch, place, full, raising=place == "save")
-    assert "No space left" in mistake(lambda _: model.save_checkpoint(path, content | {"step": 3}))
+    assert "No space left" in mistake(lambda _: save_checkpoint(path, content | {"step": 3}))
     monkeypatch.undo()
     assert model.load_checkpoint(path)["step"] == 2
     assert model.load_checkpoint(str(tmp_path / "ft.prev.pt"))["step"] == 1

@@ -7,14 +7,14 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, mistake, run
+from conftest import mistake, run, save_checkpoint, TINY
 from PIL import Image
 from scipy.integrate import solve_ivp
 
 import prepare_data
 import sample
 import train
-from model import Denoiser, ModelConfig, sampler_levels, save_checkpoint
+from model import Denoiser, ModelConfig, sampler_levels
 
 MEAN, STD = 0.3, 0.7  # Gaussian data N(0.3, 0.7^2), each coordinate alone
 
@@ -395,11 +395,11 @@ def test_bad_requests_get_a_sentence(tmp_path):
         assert f"no class ['{wrong}']" in mistake(sample.main, "--ckpt", cond, f"--labels=cat,{wrong}", *out)
     # The names of the data are no classes of a model without any.
     assert "it has []" in mistake(sample.main, "--ckpt", ckpt, "--labels", "0", *out)
-    assert "without classes" in mistake(sample.main, "--ckpt", ckpt, "--cfg_scale", "2", *out)
+    assert "with classes and without" in mistake(sample.main, "--ckpt", ckpt, "--cfg_scale", "2", *out)
     assert "makes latents" in mistake(sample.main, "--ckpt", latent, "--out", tmp_path / "x")
     state = torch.load(cond, weights_only=True)
     save_checkpoint(str(cond), state | {"config": state["config"] | {"label_dropout": 0.0}})
-    assert "without classes" in mistake(sample.main, "--ckpt", cond, "--cfg_scale", "2", *out)
+    assert "with classes and without" in mistake(sample.main, "--ckpt", cond, "--cfg_scale", "2", *out)
     with pytest.raises(ValueError):
         sample.main(["--ckpt", str(ckpt), "--num=0", "--out", str(tmp_path / "x.png")])
     assert not list(tmp_path.glob("x*"))

@@ -158,7 +158,7 @@ def steps(case):
 
     with tempfile.TemporaryDirectory() as folder:
         images = random_set(folder, 2048, case["size"], config.channels, config.patch_size)
-        stream = train.Stream(images, None, cfg, config, DEVICE)
+        stream = train.Stream(images, len(images), cfg, config, DEVICE)
         records, begun = [], now()
         for step in range(1 + case.get("repeats", 3)):
             parts = dict(data=0.0, forward=0.0, backward=0.0, clip=0.0, optimizer=0.0, ema=0.0)
@@ -207,7 +207,7 @@ def tuning(case):
     denoiser = model.Denoiser(config).to(DEVICE)
     dtype = torch.float32  # pairs this close are too close for bfloat16
     with tempfile.TemporaryDirectory() as folder:
-        stream = train.Stream(random_set(folder, 8192, case["size"]), None, cfg, config, DEVICE)
+        stream = train.Stream(random_set(folder, 8192, case["size"]), 8192, cfg, config, DEVICE)
         batch = stream.load(4)
         del batch["index"]
         noisy = model.noised(batch["clean"], batch["noise"], batch["sigma"])
@@ -312,7 +312,7 @@ def data(case):
     config = model.ModelConfig(image_size=case["size"], **model.PRESETS["demo"])
     cfg = settings(batch_size=case["batch"], mask_ratio=case["ratio"], mask_type="patch", steps=1)
     with tempfile.TemporaryDirectory() as folder:
-        stream = train.Stream(random_set(folder, 8192, case["size"]), None, cfg, config, DEVICE)
+        stream = train.Stream(random_set(folder, 8192, case["size"]), 8192, cfg, config, DEVICE)
         counter = iter(range(10**6))
         base = peak_memory()
         seconds = clock(lambda: stream.load(next(counter)), repeats=20, warm=3)
@@ -350,7 +350,7 @@ CASES = {
            for r in (0, 0.5, 0.75, 0.9)},
         **{f"512x13 64px ratio {r} batch 8": dict(size=64, preset="maskdm-64", batch=8, ratio=r, repeats=10)
            for r in (0, 0.5, 0.9)},
-        **{f"768x12 256px ratio {r}": dict(size=256, preset="maskdm-256", batch=big(2), ratio=r)
+        **{f"768x13 256px ratio {r}": dict(size=256, preset="maskdm-256", batch=big(2), ratio=r)
            for r in (0, 0.9)},
         "demo 64px ratio 0.9": dict(size=64, preset="demo", batch=48, ratio=0.9, repeats=20),
         "demo 64px ratio 0": dict(size=64, preset="demo", batch=16, ratio=0, repeats=20)},
@@ -384,7 +384,7 @@ CASES = {
         "512x13 64px ratio 0.9": dict(images=200_000, size=64, steps=20,
                                       flags=["--mask_ratio=0.9", "--preset=maskdm-64", "--batch_size=64"]),
         "512x13 64px ratio 0": dict(images=200_000, size=64, steps=8, flags=["--preset=maskdm-64", "--batch_size=8"]),
-        "768x12 256px ratio 0.9": dict(images=12_000, size=256, steps=20, flags=[
+        "768x13 256px ratio 0.9": dict(images=12_000, size=256, steps=20, flags=[
             "--mask_ratio=0.9", "--preset=maskdm-256", "--batch_size=2", "--block_size=4"])},
     "demo": {"README's first command": {}},
 }

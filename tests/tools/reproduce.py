@@ -37,7 +37,6 @@ from PIL import Image, ImageDraw
 import sample
 
 DECODER = ["--decoder_depth=2", "--decoder_dim=64", "--decoder_heads=2"]
-KID = ["--metrics=fid,kid"]
 QUIET = ["--sample_every=0", "--save_every=0"]
 
 
@@ -190,7 +189,8 @@ def distances(checkpoint, name, flags, on, args, log):
     with np.load(f"{name}.npz") as images:
         sample.save_grid(f"{name}.png", images["arr_0"][:64])
     kid = CLAIMS[args.claim].get("kid")  # which needs the images themselves
-    against = [data_set(on, args), f"--num={args.num}", *KID] if kid else [reference(on, args)]
+    size = f"--kid_size={min(1000, args.num)}"
+    against = [data_set(on, args), f"--num={args.num}", "--metrics=fid,kid", size] if kid else [reference(on, args)]
     found = last_json(call("fid.py", *against, f"{name}.npz", "--features=random", "--json", log=log)[0])
     return dict(fd=found["random_fd"], **{k: found[k] for k in ("kid",) if k in found})
 
