@@ -6,9 +6,8 @@ python train.py --loss=consistency --init_from=out/ft.pt  # for 1 or 2 steps -> 
 torchrun --nproc_per_node=8 train.py --mask_ratio=0.9     # the same run on 8 GPUs
 python train.py --resume                                  # go on after an interruption
 
-Both stages are the loop at the end of this file; stage 2 is stage 1 with everything visible. Every
-draw of step n comes from generators seeded by (seed, use, n), for the global batch: resuming is
-exact, and the number of processes changes speed and rounding alone.
+Stage 2 is the same loop with everything visible. Every draw of step n, for the global batch, is
+seeded by (seed, use, n): resuming is exact, and more processes change speed and rounding alone.
 """
 
 import json
@@ -23,13 +22,15 @@ from dataclasses import asdict
 from functools import lru_cache, partial
 from importlib.util import find_spec
 
+if "OMP_WAIT_POLICY" not in os.environ:  # before torch: waiting threads soon leave a busy core
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import prepare_data
 import sample
 from model import (NOISE, P_MEAN, P_STD, PRESETS, Denoiser, ModelConfig,
                    consistency_objective, count_visible, diffusion_objective, fisher_information,
@@ -43,8 +44,7 @@ GPU = dict(preset="maskdm-64", beta1=0.99, lr=2e-4, steps=100_000, lr_schedule="
 DEFAULTS = {  # (stage, whether on a GPU); on two cores ten minutes for both stages
     ("pt", False): dict(batch_size=48, steps=2500, lr=4e-3, lr_schedule="constant"),
     ("ft", False): dict(eval_every=1400, sample_every=1400, save_every=1400),
-    ("cm", False): dict(batch_size=32, steps=1200, eval_every=400, sample_every=400,
-                        save_every=400),
+    ("cm", False): dict(batch_size=32, steps=1200, sample_every=400),
     ("pt", True): GPU | dict(batch_size=256),
     ("ft", True): GPU | dict(batch_size=128, sample_every=5000),
     ("cm", True): GPU | dict(batch_size=128, sample_every=5000, steps=200_000, lr=1e-4, beta1=0.9,
@@ -59,7 +59,6 @@ CONSISTENCY = {  # ECT, arXiv 2406.14548, appendix; its networks have dropout, t
 }
 ARCHITECTURE = ("dim", "depth", "heads", "patch_size", "decoder_depth", "decoder_dim",
                 "decoder_heads", "route")
-LOCAL = ("resume", "device", "compile")  # of this machine and call, not of the run
 
 def parse(argv):
     """-> settings; the path of the checkpoint to resume, or None; what to start from, or {}."""
@@ -137,6 +136,8 @@ def parse(argv):
     parser.set_defaults(**{k: sizes[k] for k in ARCHITECTURE if k in sizes},
                         class_cond=sizes.get("num_classes", 0) > 0,
                         compile=kind == "cuda" and find_spec("triton") is not None)
+    world = int(os.environ.get("WORLD_SIZE", 1))  # a default is what all processes can share
+    parser.set_defaults(batch_size=-(-parser.get_default("batch_size") // world) * world)
     if source:
         parser.set_defaults(**start["config"] | dict(out_dir=os.path.dirname(source)))
     cfg = parser.parse_args(argv)
@@ -267,19 +268,16 @@ def validation_set(sets, config, p_mean, p_std, limit=512):
     sigma = sigma_of(math.sqrt(2) * torch.erfinv(2 * quantile - 1), p_mean, p_std)
     shape = n, config.image_size, config.image_size, config.channels
     noise = patchify(torch.randn(shape, generator=g), config.patch_size)
-    return dict(clean=torch.from_numpy(clean), noise=noise, sigma=sigma,
+    return dict(clean=normalised(torch.from_numpy(clean), config.latent), noise=noise, sigma=sigma,
                 labels=labels if config.num_classes else None)
 
 # ---- Parts of a step.
 def learning_rate(cfg, step, lr):
     """Linear warm-up, then constant, a cosine down to 1 %, or lr sqrt(2000/step) from 2000 on."""
-    warm = min(1.0, (step + 1) / (cfg.warmup + 1))
-    if cfg.lr_schedule == "constant":
-        return lr * warm
-    if cfg.lr_schedule == "rsqrt":
-        return lr * warm * max(1, step / 2000) ** -0.5
     progress = min(1.0, max(0.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
-    return lr * warm * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
+    shape = dict(constant=1.0, cosine=0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2,
+                 rsqrt=max(1, step / 2000) ** -0.5)[cfg.lr_schedule]
+    return lr * min(1.0, (step + 1) / (cfg.warmup + 1)) * shape
 
 def configure_optimizers(denoiser, cfg):
     """A list of optimizers; the rate of each group is scheduled from its initial_lr."""
@@ -333,7 +331,8 @@ def build(cfg, source, start, device, rank, world, say):
         for optimizer, stored in zip(optimizers, start["optimizer"]):  # the settings are today's
             optimizer.load_state_dict(optimizer.state_dict() | {"state": stored["state"]})
         say(f"resumed from step {step}")
-    stream = Stream(images, new, cfg, config, device, rank, world)
+    here = "cpu" if device.type == "mps" else device  # two threads crash (pytorch issue 197805)
+    stream = Stream(images, new, cfg, config, torch.device(here), rank, world)
     return stream, denoiser, ema, optimizers, step if source else 0, names
 
 # ---- The run.
@@ -350,13 +349,10 @@ def main(argv=None):
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     say = partial(tqdm.write, file=sys.stderr) if rank == 0 else lambda text: None
-    if rank == 0 and cfg.data == "data/faces" and not os.path.exists(cfg.data):
-        prepare_data.main(["--out", cfg.data])
-    sample.meet()
     stream, denoiser, ema, optimizers, step, names = build(
         cfg, source, start, device, rank, world, say)
     config, weights, average = denoiser.config, [*denoiser.parameters()], [*ema.parameters()]
-    del start
+    weight, start = stream.weight.to(device), None  # whose tensors are not needed any more
     pull = pull_of(cfg, denoiser, device, autocast) if cfg.l2 or cfg.ewc else []
     teacher = None
     if cfg.distill_from:
@@ -372,8 +368,7 @@ def main(argv=None):
     need(share and cfg.batch_size % (world * micro) == 0, f"batch_size {cfg.batch_size} is not "
          f"divisible by {world} processes x micro_batch {micro}: change one of the three")
 
-    # As published, the average has one decay here; elsewhere it warms up, after which it is better.
-    tuned = cfg.init_from and (cfg.loss == "consistency" or cfg.decoder_depth)
+    tuned = cfg.init_from and (cfg.loss == "consistency" or cfg.decoder_depth)  # ECT, MaskDiT
     name = run_name(cfg)
     path, before = (os.path.join(cfg.out_dir, name + end) for end in (".pt", ".prev.pt"))
     for used in filter(None, (cfg.init_from, cfg.anchor, cfg.distill_from)):
@@ -386,7 +381,7 @@ def main(argv=None):
             say(f"{file} is now {file[:-3]}.old.pt")
 
     def save(path):
-        settings = {k: v for k, v in vars(cfg).items() if k not in LOCAL}
+        settings = {k: v for k, v in vars(cfg).items() if k not in ("resume", "device", "compile")}
         if rank == 0:
             checkpoint = dict(
                 model=denoiser.state_dict(), ema=ema.state_dict(), architecture=asdict(config),
@@ -400,8 +395,13 @@ def main(argv=None):
                 f.write(json.dumps(dict(run=name, step=step, **record)) + "\n")
 
     if cfg.compile:
+        try:
+            torch.compile(torch.sin)(torch.zeros(2, device=device))
+        except Exception as e:  # noqa: BLE001 (Triton, a compiler or Python's headers can lack)
+            sys.exit(f"torch.compile does not work here ({e!r:.200}): give --no-compile")
         torch._dynamo.config.recompile_limit = 16  # six mask ratios, with gradient and without
-        denoiser.compile(dynamic=False)
+        for network in filter(None, (denoiser, teacher)):
+            network.compile(dynamic=False)
     model = denoiser
     if world > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True,
@@ -420,9 +420,8 @@ def main(argv=None):
         total, n = 0.0, len(validation["clean"])
         size = max(1, min(64, micro * max(stream.visible) // config.grid**2))  # as in training
         for i in range(0, n, size):
-            part = {k: None if t is None else stream.move(t[i : i + size])
+            part = {k: t if t is None else t[i : i + size].to(device)
                     for k, t in validation.items()}
-            part["clean"] = normalised(part["clean"], config.latent)
             with autocast:
                 total += loss_of(ema, cfg.steps - 1, visible=None, **part).sum().item()
         log(val_loss=total / n)
@@ -449,6 +448,7 @@ def main(argv=None):
         batch = pending.result()
         pending = loader.submit(stream.load, step + 1)
         index = batch.pop("index")
+        batch = {k: t if t is None else t.to(device) for k, t in batch.items()}  # if it is MPS
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = learning_rate(cfg, step, group["initial_lr"])
         loss = torch.zeros((), device=device)
@@ -459,7 +459,7 @@ def main(argv=None):
                 if teacher:
                     part["target"] = teach(teacher, min(max(stream.n_new - i, 0), micro), **part)
                 model.require_backward_grad_sync = i + micro == share  # DDP: after the last part
-                part_loss = (stream.weight[i : i + micro] * loss_of(model, step, **part)).mean()
+                part_loss = (weight[i : i + micro] * loss_of(model, step, **part)).mean()
                 (part_loss / (share // micro)).backward()
                 loss += part_loss.detach() / (share // micro)
         norm = torch.nn.utils.clip_grad_norm_(weights, cfg.grad_clip or math.inf)
@@ -469,11 +469,11 @@ def main(argv=None):
             dist.all_reduce(shared)
         loss, stop, norm = torch.cat([shared, norm[None]]).tolist()  # the one wait for the GPU
         if math.isfinite(loss) and math.isfinite(norm):
-            for weight, anchor, strength in pull:  # after the clipping, or little would be learned
-                weight.grad.add_((weight.detach() - anchor) * strength)
+            for p, anchor, strength in pull:  # after the clipping, or little would be learned
+                p.grad.add_((p.detach() - anchor) * strength)
             for optimizer in optimizers:
                 optimizer.step()
-            decay = cfg.ema if tuned else min(cfg.ema, (1 + step) / (10 + step))
+            decay = cfg.ema if tuned else min(cfg.ema, (1 + step) / (10 + step))  # a warm-up
             torch._foreach_lerp_(average, [p.detach() for p in weights], 1 - decay)
             bad = 0
         else:
@@ -507,8 +507,8 @@ def main(argv=None):
         dist.barrier()
         dist.destroy_process_group()
     if bad == 10:
-        say(f"stopped: ten steps in a row up to {step} were not finite. Resuming as before would "
-            "end here again: use --init_from, another --out_dir, and a lower --lr or --grad_clip")
+        say(f"stopped: ten steps in a row up to {step} were not finite. Resuming repeats them: "
+            "use --init_from, another --out_dir, and a lower --lr or --grad_clip")
         sys.exit(3)
     if stop:
         say(f"stopped after step {step}: {path} is saved, go on with --resume")

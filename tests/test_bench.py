@@ -24,3 +24,44 @@ def test_flops_by_formula_are_those_that_torch_counts(ratio, decoder):
     modulations += 2 * d * d if config.decoder_depth else 0  # the layer by which the decoder is entered
     per_image = 2 * (modulations + 2 * d * d)  # and the time MLP
     assert counter.get_total_flops() == b * (bench.token_flops(config, k) / 3 + per_image)
+
+
+@pytest.mark.parametrize("ratio, network", [(0.9, {}), (0, dict(num_classes=3)), (0.5, dict(decoder_depth=1)),
+                                            (0.75, dict(route=(1, 2)))])
+def test_a_plan_counts_what_a_real_step_computes_and_keeps(monkeypatch, ratio, network):
+    config = model.ModelConfig(image_size=16, dim=64, depth=2, heads=2, **network)
+    flops, kept = bench.count_step(config, ratio, 6)
+    more = [bench.count_step(config, ratio, b) for b in (12, 18)]
+    assert [2 * flops, 3 * flops] == [m[0] for m in more] and more[1][1] - more[0][1] == more[0][1] - kept
+    monkeypatch.setattr(model, "attention", torch.nn.functional.scaled_dot_product_attention)
+    denoiser, sizes = model.Denoiser(config), {}
+    visible = model.sample_visible(6, config.grid, ratio, "block", 2)
+    tokens = config.grid**2 if config.takes_all or visible is None else visible.shape[1]
+    clean, noise = torch.randn(2, 6, tokens, config.token_dim)
+    labels = torch.tensor([0, 1, 2, -1, 0, 0]) if config.num_classes else None
+    weights = {p.data_ptr() for p in denoiser.parameters()}
+
+    def keep(t):
+        if t.data_ptr() not in weights:
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            alive.append(t)  # or its memory would be given to another
+        return t
+
+    alive = []
+    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = model.diffusion_objective(denoiser, config, clean, noise, torch.ones(6), visible, labels)
+        loss.mean().backward()
+    assert counter.get_total_flops() == flops and sum(sizes.values()) == kept
+
+
+def test_a_plan_adds_up(capsys):
+    bench.plan(["--size=32", "--preset=dit-s", "--batch=64", "--gpus=4", "--memory=1e9", "--ratio=0"])
+    out = capsys.readouterr().out
+    with torch.device("meta"):
+        n = sum(p.numel() for p in model.Denoiser(model.ModelConfig(image_size=32, **model.PRESETS["dit-s"])).parameters())
+    assert f"{n / 1e6:.1f} M weights, 16 of 64 images on each of 4 GPUs" in out
+    assert f"{2 * 3 / 4 * 4 * n / 1e6:.4g} MB a step over the network" in out and "does NOT fit in 1 GB" in out
+    gb = [float(line.split()[0]) for line in out.splitlines() if " GB " in line]
+    assert sum(gb[:5]) == pytest.approx(22 * n / 1e9, abs=0.03) and sum(gb[:6]) == pytest.approx(gb[6], abs=0.04)
+    assert "the limit is" in out

@@ -302,7 +302,7 @@ def test_both_stages_and_samples(dataset, tmp_path):
     # It is the mean of EDM's loss of the averaged weights on whole images, with their noise.
     denoiser, _ = sample.load_denoiser(str(tmp_path / "ft.pt"))
     v = train.validation_set([Images(str(dataset), "val", 4)], denoiser.config, -1.2, 1.2)
-    clean, sigma = v["clean"] / 127.5 - 1, v["sigma"].view(-1, 1, 1)
+    clean, sigma = v["clean"], v["sigma"].view(-1, 1, 1)
     error = (denoiser(clean + sigma * v["noise"], v["sigma"]) - clean) ** 2
     loss = ((sigma**2 + 0.25) / (0.5 * sigma) ** 2 * error).mean().item()
     assert validation[6] == pytest.approx(loss, rel=1e-5)

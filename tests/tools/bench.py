@@ -2,10 +2,12 @@
 
 python tests/tools/bench.py                      # everything (about 35 minutes on two cores)
 python tests/tools/bench.py steps --only demo    # sections (see --help), cases whose name contains a word
+python tests/tools/bench.py plan --preset dit-xl --size 32 --channels 4 --ratio 0.5 --batch 1024 --gpus 8
 
 Every case of a section runs in a process of its own, so that its peak memory is its own; times are
 medians. MFU is the token FLOPs of a step (weights and attention, three forward passes' worth) over
-the bfloat16 matrix product of 2048 x 2048 x 2048 timed in the same run.
+the bfloat16 matrix product of 2048 x 2048 x 2048 timed in the same run. `plan` runs nothing but the loader: it
+counts a step on tensors without memory, beside the peak of an H100 or of what --peak, --memory, --network say.
 """
 
 import argparse
@@ -28,6 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import model
 import prepare_data
@@ -105,6 +109,77 @@ def random_set(folder, n, size, channels=3, patch_size=4):
 def settings(**changes):
     """train.py's settings, as if typed."""
     return train.parse([f"--{name}={value}" for name, value in changes.items()])[0]
+
+
+# -- a run that has not been started --------------------------------------------------------------
+
+
+def count_step(config, ratio, batch, mask_type="block", block_size=2):
+    """FLOPs of forward and backward and the bytes that autograd keeps for it, of `batch` images in bfloat16.
+
+    Counted by running the step on tensors without memory, with the fused attention of a GPU. Among what is kept are
+    the weights in bfloat16, once, whatever the batch.
+    """
+    kept, plain = {}, model.attention
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        denoiser = model.Denoiser(config)
+        weights = {p.untyped_storage()._cdata for p in denoiser.parameters()}
+        visible = model.sample_visible(batch, config.grid, ratio, mask_type, block_size)
+        tokens = config.grid**2 if config.takes_all or visible is None else visible.shape[1]
+        clean, noise = (torch.empty(batch, tokens, config.token_dim) for _ in range(2))
+        labels = torch.zeros(batch, dtype=torch.int64) if config.num_classes else None
+
+        def keep(t):
+            storage = t.untyped_storage()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = storage.nbytes()
+            return t
+
+        model.attention = torch.nn.functional.scaled_dot_product_attention
+        try:
+            with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                    loss = model.diffusion_objective(denoiser, config, clean, noise, torch.ones(batch), visible, labels)
+                loss.mean().backward()
+        finally:
+            model.attention = plain
+    return counter.get_total_flops(), sum(kept.values())
+
+
+def plan(argv):
+    """Will it fit, and what limits it?"""
+    parser = argparse.ArgumentParser(description=plan.__doc__)
+    for name, default, what in (("preset", "maskdm-64", "of train.py"), ("size", 64, "side of an image or latent"),
+                                ("channels", 3, "of it"), ("classes", 0, "0: none"), ("ratio", 0.9, "share hidden"),
+                                ("block_size", 2, "of the mask"), ("decoder_depth", 0, "MaskDiT's"),
+                                ("decoder_dim", 0, "its width"), ("batch", 256, "images a step, in all"),
+                                ("gpus", 8, "in all"), ("peak", 989e12, "FLOP/s of one, bfloat16, dense"),
+                                ("share", 0.4, "of the peak that is reached"), ("memory", 80e9, "bytes of one"),
+                                ("network", 50e9, "bytes/s of one to the others")):
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{what} ({default})")
+    a = parser.parse_args(argv)
+    sizes = model.PRESETS[a.preset] | dict(image_size=a.size, channels=a.channels, num_classes=a.classes,
+                                           decoder_depth=a.decoder_depth, decoder_dim=a.decoder_dim)
+    config, mine = model.ModelConfig(**sizes), a.batch // a.gpus
+    with torch.device("meta"):
+        n = sum(p.numel() for p in model.Denoiser(config).parameters())
+    (flops, one), (_, two) = (count_step(config, a.ratio, b, block_size=a.block_size) for b in (mine, 2 * mine))
+    activations = two - one  # without the weights
+    fixed = {"weights": 4 * n, "gradients": 4 * n, "AdamW": 8 * n, "average": 4 * n, "weights in bfloat16": 2 * n}
+    with tempfile.TemporaryDirectory() as folder:
+        images = random_set(folder, max(a.batch, 512), a.size, a.channels, config.patch_size)
+        cfg = settings(batch_size=a.batch, mask_ratio=a.ratio, block_size=a.block_size, device="cpu")
+        stream = train.Stream(images, len(images), cfg, config, torch.device("cpu"), 0, a.gpus)
+        loader = clock(lambda: stream.load(0))
+    sent = 2 * (a.gpus - 1) / a.gpus * 4 * n  # a ring: each gradient goes out and comes back
+    times = {"computing": flops / (a.peak * a.share), "loading (this machine)": loader, "network": sent / a.network}
+    total = sum(fixed.values()) + activations
+    print(f"{n / 1e6:.1f} M weights, {mine} of {a.batch} images on each of {a.gpus} GPUs\n"
+          f"{flops / 1e12:.3g} TFLOP a step and GPU, {sent / 1e6:.4g} MB a step over the network")
+    print("".join(f"{v / 1e9:8.2f} GB {name}\n" for name, v in (fixed | {"activations": activations}).items())
+          + f"{total / 1e9:8.2f} GB in all: {'fits in' if total < a.memory else 'does NOT fit in'} {a.memory / 1e9:.0f} GB")
+    print("".join(f"{v * 1e3:8.1f} ms {name}\n" for name, v in times.items())
+          + f"the limit is {max(times, key=times.get)}: {a.batch / max(times.values()):.0f} images/s")
 
 
 # -- sections -------------------------------------------------------------------------------------
@@ -453,6 +528,8 @@ def report(section, rows):
 
 
 def main():
+    if sys.argv[1:2] == ["plan"]:
+        return plan(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("section", nargs="*", help=f"of {', '.join(CASES)} (default: all)")
     parser.add_argument("--only", default="", help="cases whose name contains this")

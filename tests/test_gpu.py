@@ -1,0 +1,117 @@
+"""The path of the scripts on a GPU, on a pretended one: right places, one wait a step, the losses of the CPU.
+
+`tests/tools/pretend.py` says what is pretended. Bugs of the usual kinds are planted, and found.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, make_dataset
+
+import train
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+STEPS = 3
+# Settings whose defaults depend on the device, and the small network.
+SAME = ["--batch_size=12", f"--steps={STEPS}", "--log_every=1", "--lr_schedule=constant", "--beta1=0.9",
+        "--grad_clip=1", "--cm_stages=4", "--no-compile", *[flag for flag in TINY if "device" not in flag]]
+MASKED = ["--mask_ratio=0.5", "--mask_type=patch"]
+RUNS = {
+    "masked": ["--data=SET", *MASKED, "--class_cond", "--hflip", "--micro_batch=4"],
+    "decoder in stairs": ["--data=SET", *MASKED, "--mask_ratio_end=0", "--decoder_depth=1"],
+    "route": ["--data=SET", *MASKED, "--route=0,1", "--class_cond"],
+    "latents": ["--data=LATENTS"],
+    "replay, teacher, EWC": ["--data=SET", "--init_from=FIRST", "--replay=OLD", "--replay_frac=0.3",
+                             "--distill_from=FIRST", "--ewc=10", *MASKED],
+    "SCT": ["--data=SET", "--init_from=FIRST", "--loss=consistency", "--ref_batch=9", *MASKED],
+    "segments": ["--data=SET", "--init_from=FIRST", "--loss=consistency", "--cm_segments=2"]}
+BUGS = {  # what is wrong: (a run, a file, the right text, the wrong one)
+    "noise by a generator of the CPU": ("masked", "train.py", "seeded(cfg.seed, 2, step, device=self.device)",
+                                        "seeded(cfg.seed, 2, step)"),
+    "sigma comes late": ("masked", "train.py", "sigma=self.move(sigma[mine])", "sigma=sigma[mine]"),
+    "visible comes late": ("masked", "train.py", "else self.move(visible)", "else visible"),
+    "labels come late": ("masked", "train.py", "labels = self.move(labels) if", "labels = labels if"),
+    "references come late": ("SCT", "train.py", "normalised(self.move(torch.from_numpy(patches))",
+                             "normalised((torch.from_numpy(patches))"),
+    "weights of a batch stay": ("replay, teacher, EWC", "train.py", "stream.weight.to(device)", "stream.weight.cpu()"),
+    "frequencies are no buffer": ("masked", "model.py", 'self.register_buffer("freq", freq, persistent=False)',
+                                  "self.freq = freq"),
+    "decoder's positions are no buffer": ("decoder in stairs", "model.py", 'self.register_buffer("decoder_positions", '
+                                          "positions, persistent=False)", "self.decoder_positions = positions"),
+    "a loss is read in every part": ("masked", "train.py", "loss += part_loss.detach()", "loss += part_loss.item()"),
+    "the flag to stop is elsewhere": ("masked", "train.py", "torch.full_like(loss, len(caught) > 0)",
+                                      "torch.full((), float(len(caught) > 0))"),
+    "the validation set stays": ("masked", "train.py", "t[i : i + size].to(device)", "t[i : i + size]"),
+    "edges of the segments stay": ("segments", "model.py", ".to(t, non_blocking=True)", ".to(t.dtype)"),
+    "the copy of the edges waits": ("segments", "model.py", ".to(t, non_blocking=True)", ".to(t)"),
+    "the posterior's blank is elsewhere": ("SCT", "model.py", "x.new_zeros(len(x), *references.shape[1:])",
+                                           "torch.zeros(len(x), *references.shape[1:])"),
+    "the scale of latents stays": ("latents", "model.py", "torch.tensor(latent).to(data.device, non_blocking=True)",
+                                   "torch.tensor(latent)"),
+    "importance is read as numbers": ("replay, teacher, EWC", "model.py", 'return [t / len(batch["clean"]) for t in total]',
+                                      "return [t.numpy() for t in total]"),
+    "samples stay": ("sample", "sample.py", "unpatchify(x, c.patch_size).float().cpu()", "unpatchify(x, c.patch_size).float()"),
+    "classes of samples stay": ("sample", "sample.py", "torch.tensor(cycled, device=device)", "torch.tensor(cycled)")}
+
+
+def numbers(folder):
+    """The losses in a run's log."""
+    rows = [json.loads(line) for line in open(folder / "log.jsonl")]
+    return [r.get("loss", r.get("val_loss")) for r in rows if "loss" in r or "val_loss" in r]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """{run or bug: what is wrong with it on the pretended GPU, or None}."""
+    top = tmp_path_factory.mktemp("gpu")
+    make_dataset(top / "SET", classes=3)
+    make_dataset(top / "OLD", classes=3, seed=1)
+    make_dataset(top / "LATENTS", channels=4, dtype=np.float32)
+
+    def flags(folder, *more):
+        return [f.replace("=FIRST", f"={top}/first/ft.pt").replace("=SET", f"={top}/SET").replace("=OLD", f"={top}/OLD")
+                .replace("=LATENTS", f"={top}/LATENTS") for f in (f"--out_dir={top}/{folder}", *SAME, *more)]
+
+    train.main(flags("first", "--data=SET", "--class_cond", "--device=cpu"))
+    original = train.fisher_information
+    train.fisher_information = lambda denoiser, config, batch, autocast: original(
+        denoiser, config, {k: t if t is None else t[:8] for k, t in batch.items()}, autocast)
+    for name, run in RUNS.items():
+        train.main(flags(f"cpu/{name}", *run, "--device=cpu"))
+    train.fisher_information = original
+    jobs = {name: dict(script="train", args=flags(f"gpu/{name}", *run)) for name, run in RUNS.items()}
+    draw = ["--ckpt", f"{top}/first/ft.pt", "--num=3", "--steps=2", "--cfg_scale=2", "--sampler=churn", "--out"]
+    jobs["sample"] = dict(script="sample", args=[*draw, f"{top}/sample.npz"])
+    jobs["fid"] = dict(script="fid", args=[f"{top}/SET", f"{top}/OLD", "--features=random", "--num=4", "--metrics=fid,pr"])
+    for name, (run, file, old, new) in BUGS.items():
+        args = [*draw, f"{top}/{name}.npz"] if run == "sample" else flags(f"gpu/{name}", *RUNS[run])
+        jobs[name] = dict(script="sample" if run == "sample" else "train", args=args, edit=[file, old, new])
+    (top / "jobs.json").write_text(json.dumps([*jobs.values()]))
+    result = subprocess.run([sys.executable, ROOT / "tests/tools/pretend.py", top / "jobs.json"], capture_output=True,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"error"')]
+    assert len(lines) == len(jobs), result.stderr[-2000:]
+
+    def verdict(name, line):
+        if line["error"] or jobs[name]["script"] != "train":
+            return line["error"]
+        if line["waits"][1:STEPS] != [["tolist"]] * (STEPS - 1):  # after the last step it evaluates and saves
+            return f"waits {line['waits'][1:]}"
+        ours, theirs = (numbers(top / place) for place in (f"gpu/{name}", f"cpu/{BUGS.get(name, [name])[0]}"))
+        return None if np.allclose(ours, theirs, rtol=1e-4) else f"losses {ours}, expected {theirs}"
+
+    return {name: verdict(name, line) for name, line in zip(jobs, lines)}
+
+
+@pytest.mark.parametrize("name", [*RUNS, "sample", "fid"])
+def test_it_runs_with_the_losses_of_the_cpu_and_waits_once_a_step(found, name):
+    assert found[name] is None
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_found(found, name):
+    assert found[name] is not None
