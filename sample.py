@@ -197,8 +197,9 @@ def pick_device(name, local_rank=0):
     need(here[name], f"--device {name} is not available here: use --device auto")
     if name == "cpu" and torch.version.cuda and os.path.exists("/proc/driver/nvidia/version"):
         print("this machine has a GPU that torch cannot use: is its driver old?", file=sys.stderr)
-    need(name != "cuda" or local_rank < torch.cuda.device_count(), f"process {local_rank} here has "
-         f"no GPU, there are {torch.cuda.device_count()}: give torchrun a smaller --nproc_per_node")
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    need(name != "cuda" or here <= gpus, f"{here} processes for {gpus} GPUs of this machine: give "
+         f"torchrun --nproc_per_node={gpus}, or --device cpu")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 def pick_dtype(name, device):

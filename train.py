@@ -398,14 +398,14 @@ def main(argv=None):
         try:
             torch.compile(torch.sin)(torch.zeros(2, device=device))
         except Exception as e:  # noqa: BLE001 (Triton, a compiler or Python's headers can lack)
-            sys.exit(f"torch.compile does not work here ({e!r:.200}): give --no-compile")
+            need(False, f"torch.compile does not work here ({e!r:.200}): give --no-compile")
         torch._dynamo.config.recompile_limit = 16  # six mask ratios, with gradient and without
         for network in filter(None, (denoiser, teacher)):
             network.compile(dynamic=False)
     model = denoiser
     if world > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True,
-                                        broadcast_buffers=False)
+                                        forward_sync_buffers=False)
     sets = [Images(x, "val", cfg.patch_size, names) for x in cfg.data.split(",")]
     levels = (cfg.p_mean, cfg.p_std) if cfg.loss == "consistency" else (P_MEAN, P_STD)
     validation = validation_set(sets, config, *levels)

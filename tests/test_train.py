@@ -706,6 +706,52 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_last_checkpoint_whole(
 # -- mistakes -------------------------------------------------------------------------------------
 
 
+def test_a_default_batch_is_divisible_by_the_processes(monkeypatch, dataset, tmp_path):
+    for world, expected in ((1, 4), (3, 6), (8, 8)):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        assert settings_of("--device=cpu").batch_size == expected  # that of stage 2 is 4
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert settings_of("--device=cpu", "--batch_size=4").batch_size == 4  # what is typed stays
+
+
+def settings_of(*flags):
+    return train.parse(list(flags))[0]
+
+
+def test_a_mistake_is_told_by_one_process_of_each_machine(monkeypatch, tmp_path):
+    for rank, told in (("0", str), ("1", int)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        for mistake_of in (["--data=nowhere"], ["--dat=x"], ["--patch_size=5"], [f"--init_from={tmp_path}"]):
+            with pytest.raises(SystemExit) as e:
+                train.main([*mistake_of, "--device=cpu", f"--out_dir={tmp_path}"])
+            assert isinstance(e.value.code, told) and e.value.code != 0
+
+
+def test_more_processes_than_gpus_get_a_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert "4 processes for 2 GPUs" in mistake(lambda _: sample.pick_device("auto", 0))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert sample.pick_device("auto", 1) == torch.device("cuda", 1)
+
+
+def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch, capsys):
+    exists = os.path.exists
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(os.path, "exists", lambda path: "nvidia" in str(path) or exists(path))
+    assert sample.pick_device("auto").type == "cpu" and "driver" in capsys.readouterr().err
+
+
+def test_a_compiler_that_does_not_work_gets_a_sentence(dataset, tmp_path, monkeypatch):
+    def broken(function):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    said = mistake(train.main, f"--data={dataset}", f"--out_dir={tmp_path}", *TINY, "--compile")
+    assert "--no-compile" in said and "C compiler" in said
+
+
 def test_mistakes_on_the_command_line_get_a_sentence(dataset, tmp_path):
     base = [f"--data={dataset}", f"--out_dir={tmp_path}/out", "--batch_size=12", "--steps=1"] + TINY
 

@@ -170,6 +170,7 @@ def plan(argv):
         images = random_set(folder, max(a.batch, 512), a.size, a.channels, config.patch_size)
         cfg = settings(batch_size=a.batch, mask_ratio=a.ratio, block_size=a.block_size, device="cpu")
         stream = train.Stream(images, len(images), cfg, config, torch.device("cpu"), 0, a.gpus)
+        torch.set_num_threads(1)  # as in a run
         loader = clock(lambda: stream.load(0))
     sent = 2 * (a.gpus - 1) / a.gpus * 4 * n  # a ring: each gradient goes out and comes back
     times = {"computing": flops / (a.peak * a.share), "loading (this machine)": loader, "network": sent / a.network}
