@@ -5,7 +5,6 @@ python fid.py data/faces out/ft.pt --num 5000                   # draws 5,000 sa
 python fid.py data/faces --stats faces.npz                      # mu and sigma, another time's A
 python fid.py data/faces out/samples.npz --features random      # offline; not to be called FID
 python fid.py data/old,data/new out/ft.pt --metrics bpd         # losses by noise level, bits/dim
-torchrun --nproc_per_node=8 fid.py data/faces out/samples.npz   # the same figures, sooner
 
 A source is a prepared folder, a folder or .zip/.tar of images, an .npz of images (arr_0) or of
 statistics (mu, sigma), or a checkpoint (.pt). Features and resize are those of pytorch-fid.
@@ -33,12 +32,13 @@ from tqdm import tqdm
 
 import prepare_data
 import sample
-from model import denoising_loss, need_noise, noised
+from model import Images, denoising_loss, need_noise, noised
 from prepare_data import need
 
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+SIGMA_MIN = 0.0013  # of bits/dim: the decoder costs 0.01 bit; at the sampler's 0.002 it were 0.19
 LABELS = {"fid": "FID", "random_fd": "random-feature FD", "fd": "FD in TorchScript features"}
 
 # ---- Inception v3, the 2015-12-05 graph of the FID paper. Keys are those of the public weight file
@@ -113,8 +113,7 @@ class Inception(nn.Module):
         return x.mean((2, 3))
 
 def random_weights(net):
-    """He-normal convolutions, batch norm at identity; by numpy, as torch's streams may change.
-    Returns their hash."""
+    """He-normal convolutions, by numpy, as torch's streams may change; returns their hash."""
     rng, digest = np.random.Generator(np.random.PCG64(0)), hashlib.sha256()
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
@@ -180,8 +179,7 @@ def open_source(path, args, stack):
         s.n, bad = min(len(found.names), args.num or len(found.names)), []
         order = [i * len(found.names) // s.n for i in range(s.n)]  # evenly spaced
         if s.about["kind"] == "images":  # an unreadable file is told before the pass
-            for _ in prepare_data.iter_images(found, order[args.rank :: args.world], bad):
-                pass
+            sum(1 for _ in prepare_data.iter_images(found, order[args.rank :: args.world], bad))
             need(not bad, f"{path}: cannot read {bad[:9]}: mend or remove it")
         s.images = lambda numbers: (image for _, image in prepare_data.iter_images(
             found, [order[i] for i in numbers], bad))
@@ -257,14 +255,10 @@ def precision_recall(real, fake, k=3):
     """The share of each set that lies in the other's k-NN balls (Kynkaanniemi et al. 2019)."""
     def distances(x, y):
         return (torch.cdist(part.double(), y.double()) for part in x.split(500))
-
     def covered(x, y):
         radii = torch.cat([d.kthvalue(k + 1).values for d in distances(y, y)])  # 1st: itself
         return torch.cat([(d <= radii).any(1) for d in distances(x, y)]).double().mean().item()
-
     return {"precision": covered(fake, real), "recall": covered(real, fake)}
-
-SIGMA_MIN = 0.0013  # here the decoder costs 0.01 bit, at the sampler's 0.002 it would be 0.19
 
 def decoder_nats(z, values, sigma=SIGMA_MIN):
     """-ln p(v | z) of 8-bit values: p = softmax over the levels v_k of -(z - v_k)^2 / (2 sigma^2).
@@ -275,16 +269,14 @@ def decoder_nats(z, values, sigma=SIGMA_MIN):
 
 def bound(denoise, values, generator, bins=10):
     """Variational bound on -log2 p in bits per dimension (b,), and losses by level (b, bins).
-    values uint8 (b, K, d); denoise(x, sigma (b,)) -> D. With lambda = -2 ln sigma: 1/2 of the
-    integral of E|x - D|^2 e^lambda, by one noise level of each image in each bin of ln sigma, + the
-    prior |x|^2 / (2 sigma_max^2) + the decoder at sigma_min. The losses: `denoising_loss`."""
+    values uint8 (b, K, d); denoise(x, sigma (b,)) -> D. 1/2 of the integral of E|x - D|^2 e^lambda
+    over lambda = -2 ln sigma, one level of each image a bin, + prior + decoder at sigma_min."""
     low, high = math.log(SIGMA_MIN), math.log(80.0)
     x = values.float() / 127.5 - 1
     b, size = len(x), x[0].numel()
 
     def randn():
         return torch.randn(x.shape, generator=generator).to(x.device)
-
     losses, nats = [], 0.0
     for i in range(bins):
         # One random place in the bin, and the images evenly over it: less chance, no bias.
@@ -308,7 +300,7 @@ def bits_per_dim(sets, path, args, limit=512):
     names = checkpoint["class_names"] if c.num_classes else []
     edges = np.linspace(math.log(SIGMA_MIN), math.log(80.0), 11)
     for name in sets.split(","):
-        images = prepare_data.Images(name, "val", c.patch_size, names)
+        images = Images(name, "val", c.patch_size, names)
         theirs = [images.meta[k] for k in ("size", "channels", "dtype")]
         need(theirs == [c.image_size, c.channels, "uint8"] and names in
              ([], images.meta["class_names"]), f"{name} does not fit the model: expected 8-bit "
@@ -324,9 +316,7 @@ def bits_per_dim(sets, path, args, limit=512):
         result[name] = dict(images=len(bits), loss_by_level=losses.mean(dim=0).tolist(),
                             ln_sigma=edges.tolist(), bits_per_dim=bits.mean().item(),
                             standard_error=error)
-        levels = " ".join(f"{v:.4g}" for v in result[name]["loss_by_level"])
-        print(f"{name}: {bits.mean():.4f} ± {error:.4f} bits per dimension, losses from ln sigma "
-              f"{edges[0]:.1f} to {edges[-1]:.1f}: {levels}", flush=True)
+        print(f"{name}: {bits.mean():.4f} ± {error:.4f} bits per dimension", flush=True)
     return result
 
 # ---- The command.
@@ -386,8 +376,7 @@ def main(argv=None):
     if key == "fid" and digest != WEIGHTS_SHA256:
         about["warnings"] += ["the Inception weights are not known to be the public ones"]
     sizes = {s.sizes for s in sources if s.sizes}
-    if len(sizes) > 1:
-        about["warnings"] += [f"images of different sizes are compared: {sizes}"]
+    about["warnings"] += [f"images of different sizes are compared: {sizes}"] * (len(sizes) > 1)
     for name, s in zip("ab", sources):
         about[name] = dict(path=s.path, n=s.n, image_size=s.sizes, **s.about)
     print(*(f"{name}: {value}" for name, value in about.items()), sep="\n", file=sys.stderr)

@@ -3,14 +3,12 @@
 An image is cut into N patches; training may keep K <= N of them. What the network does, it does on
 K tokens, so hiding nine tenths of the patches makes a step about ten times cheaper. Everything here
 takes `visible`, the (B, K) indices of the kept patches; `visible=None` means the whole image.
-Symbols: B batch, C channels, H = W image side, p patch side, N = (H/p)^2, K visible tokens.
-Papers: MaskDM arXiv 2306.11363, MaskDiT 2306.09305, DiT 2212.09748, TREAD 2501.04765,
-EDM 2206.00364, ECT 2406.14548, SCT 2410.18958, STF 2302.00670.
+Symbols: B batch, C channels, H = W image side, p patch side, N = (H/p)^2, K visible tokens. README
+lists the papers.
 """
 
 import math
 import os
-import sys
 import zipfile
 from dataclasses import dataclass, fields
 
@@ -19,9 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-def fail(message):
-    """A user's mistake ends the program with one sentence, told by one process of each machine."""
-    sys.exit(message if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+from prepare_data import need, open_folder
 
 @dataclass
 class ModelConfig:
@@ -38,7 +34,7 @@ class ModelConfig:
     decoder_dim: int = 0  # their width; 0: dim
     decoder_heads: int = 0  # 0: heads
     route: tuple = ()  # (A, B): hidden tokens pass by the blocks A to B - 1 (TREAD); (): none do
-    cm_segments: int = 0  # 0: a diffusion model; m > 0: a consistency model of m segments
+    consistency: bool = False  # whether it is to be sampled in one or two steps
     latent: tuple = ()  # mean and deviation of each channel of the data; (): 8-bit images
 
     def __post_init__(self):
@@ -49,13 +45,12 @@ class ModelConfig:
         self.grid = size // p  # patches a side
         self.token_dim = p**2 * self.channels  # values in one patch
         self.takes_all = bool(self.decoder_depth or route)  # all N tokens, of which it hides some
-        if size % p:
-            fail(f"image size {size} is not divisible by patch_size {p}: use one of "
-                     f"{[q for q in range(1, size + 1) if size % q == 0]}")
-        if route and (self.decoder_depth or not 0 <= route[0] < route[1] <= self.depth):
-            fail(f"route is {route}, expected A < B <= depth {self.depth}, and no decoder")
-        if self.decoder_depth and self.token_dim == 1:
-            fail("a decoder rebuilds patches by their variance: these have one value each")
+        need(size % p == 0, f"image size {size} is not divisible by patch_size {p}: use one of "
+             f"{[q for q in range(1, size + 1) if size % q == 0]}")
+        need(not route or not self.decoder_depth and 0 <= route[0] < route[1] <= self.depth,
+             f"route is {route}, expected A < B <= depth {self.depth}, and no decoder")
+        need(self.token_dim > 1 or not self.decoder_depth,
+             "a decoder rebuilds patches by their variance: these have one value each")
 
 PRESETS = {  # MaskDM table of settings; DiT table 1
     "demo": dict(dim=128, depth=6, heads=4, patch_size=4),  # two CPU cores, minutes
@@ -83,17 +78,16 @@ def unpatchify(tokens, patch_size):
     return x.reshape(b, g * p, g * p, d // p**2)
 
 def count_visible(grid, mask_ratio, mask_type="patch", block_size=4):
-    """Number K of visible patches on a grid x grid image: the same for every image of a batch.
-    `mask_type` (MaskDM sec. 3.2): "patch" hides int(ratio*N) single patches, "block" hides
-    int(ratio*N) // b^2 blocks of b x b on the block grid, "crop" shows one square of side
-    round(sqrt(N - int(ratio*N)))."""
+    """Number K of visible patches on a grid x grid image, the same for every image of a batch.
+    "patch" hides int(ratio*N) patches, "block" int(ratio*N) // b^2 blocks of b x b on their grid,
+    "crop" shows one square of side round(sqrt(N - int(ratio*N))) (MaskDM sec. 3.2)."""
     hidden = int(mask_ratio * grid**2)
     if mask_type == "crop":
         return round(math.sqrt(grid**2 - hidden)) ** 2
     if mask_type == "patch" or not hidden:
         return grid**2 - hidden
-    if mask_type != "block" or block_size < 1 or grid % block_size:
-        fail(f"no {mask_type} mask of block_size {block_size} fits {grid} x {grid} patches")
+    need(mask_type == "block" and block_size > 0 and grid % block_size == 0,
+         f"no {mask_type} mask of block_size {block_size} fits {grid} x {grid} patches")
     return grid**2 - hidden // block_size**2 * block_size**2
 
 def sample_visible(batch, grid, mask_ratio, mask_type="patch", block_size=4, generator=None):
@@ -122,6 +116,43 @@ def mask_ratios(start, end):
     if end is None:
         return [start]
     return [end + (start - end) * math.cos(math.pi / 2 * i / 5) ** 4 for i in range(6)]
+
+class Images:
+    """The images of prepared folders (commas between), numbered through. Another class needs
+    len(), read(), labels (int64 (N,), -1: none) and meta (size, channels, class_names or None,
+    latent: None or means and deviations). Classes are united by name, `class_names` first."""
+
+    def __init__(self, folders, split="train", patch_size=1, class_names=()):
+        opened = [open_folder(folder, split) for folder in folders.split(",")]
+        self.arrays, labels, metas = zip(*opened)  # arrays: memmaps (N, H, W, C)
+        kinds = {(meta["size"], meta["channels"], meta["dtype"]) for meta in metas}
+        need(len(kinds) == 1, f"{folders} hold {kinds}, which can't be mixed: prepare them alike")
+        names = [*class_names, *(name for meta in metas for name in meta["class_names"] or ())]
+        names = [*dict.fromkeys(names)]
+        numbers = [[*map(names.index, meta["class_names"] or ()), -1] for meta in metas]
+        self.labels = np.concatenate([np.array(n)[own] for n, own in zip(numbers, labels)])
+        self.meta = metas[0] | dict(class_names=names or None)
+        self.patch_size = patch_size
+
+    def __len__(self):
+        return sum(map(len, self.arrays))
+
+    def read(self, index, visible, flip):
+        """The visible patches (b, K, p*p*C) of the images `index` (b,), and no other byte of them.
+        visible (b, K) patch numbers, None for all; flip (b,) bool: which images to mirror (then the
+        patch numbers are those of the mirrored image)."""
+        p, c, g = self.patch_size, self.meta["channels"], self.meta["size"] // self.patch_size
+        visible = np.tile(np.arange(g * g), (len(index), 1)) if visible is None else visible
+        row, col = visible // g, visible % g
+        col = np.where(flip[:, None], g - 1 - col, col)
+        out, start = np.empty((*visible.shape, p, p, c), self.meta["dtype"]), 0
+        for array in self.arrays:
+            patches = array.reshape(-1, g, p, g, p, c)  # a view: nothing is read yet
+            own = (start <= index) & (index < start + len(array))
+            out[own] = patches[index[own, None] - start, row[own], :, col[own]]
+            start += len(array)
+        out[flip] = out[flip][:, :, :, ::-1]
+        return out.reshape(*visible.shape, p * p * c)
 
 # ---- The network (DiT with adaLN-Zero), on whatever tokens it is given.
 def sincos_positions(grid, dim):
@@ -184,12 +215,11 @@ def put(tokens, visible, others):
     return others.scatter(1, visible[:, :, None].expand_as(tokens), tokens)
 
 class DiT(nn.Module):
-    """tokens, c_noise (B,), visible (B, K) or None, labels (B,) or None -> tokens of that shape.
+    """tokens, c_noise (B,), visible (B, K) or None, labels (B,), -1 for none -> tokens like them.
     tokens (B, K, p*p*C) are the visible ones. With a decoder or a route they are all (B, N, p*p*C):
-    the blocks then still see the visible ones alone, and the decoder's blocks the answer for these
-    and one learned token in every other place (MaskDiT fig. 2); or only the blocks of the route do
-    (TREAD fig. 2), and the hidden tokens come back as they were before. labels: -1 is "no class".
-    """
+    the blocks still see the visible ones alone, and the decoder these and one learned token in
+    every other place (MaskDiT fig. 2); or only the blocks of the route do (TREAD fig. 2), and the
+    hidden tokens come back as they were before."""
 
     def __init__(self, config):
         super().__init__()
@@ -263,8 +293,7 @@ P_MEAN, P_STD = -1.2, 1.2  # of ln sigma in training (EDM table 1)
 
 def need_noise(kind, feature):
     """Exit if a feature that is derived for one kind of noise model meets another."""
-    if kind != NOISE:
-        fail(f"{feature} is for the noise model {kind}, but this is {NOISE}")
+    need(kind == NOISE, f"{feature} is for the noise model {kind}, but this is {NOISE}")
 
 def sigma_of(z, mean=P_MEAN, std=P_STD):
     """Noise levels from standard normal draws or quantiles z (EDM table 1)."""
@@ -294,12 +323,6 @@ def normalised(data, latent):
     mean, deviation = torch.tensor(latent).to(data.device, non_blocking=True)
     data = (data.unflatten(-1, (-1, len(mean))) - mean) * (SIGMA_DATA / deviation)
     return data.flatten(-2)
-
-def segment_edges(segments):
-    """Edges of the segments of a consistency model, (segments + 1,), from 80 to 0: the sampler's
-    levels with one step more, without its lowest: [80, 0], [80, 2.5, 0], ..."""
-    levels = sampler_levels(segments + 1)
-    return torch.cat([levels[:-2], levels[-1:]])
 
 class Denoiser(nn.Module):
     """Preconditioning around the network: D(x; sigma), the denoised tokens (EDM eq. 7).
@@ -367,9 +390,8 @@ def consistency_loss(f_t, target, t, r, c=0.0, weight="gap"):
 # ---- Objectives: a network and a batch -> the loss of each image.
 def diffusion_objective(model, config, clean, noise, sigma, visible, labels, mae_weight=0.0,
                         target=None):
-    """The loss of each image of a batch, (b,): masked or whole, the same line.
-    After MaskDiT's encoder the hidden patches are reconstructed, too. `target`: what the answer
-    should be, if not `clean`."""
+    """The loss of each image, (b,), masked or whole; with a decoder the hidden patches are
+    reconstructed, too (MaskDiT). `target`: what the answer should be, if not `clean`."""
     target = clean if target is None else target
     x = noised(clean, noise, sigma)
     denoised = model(x, sigma, visible, labels)
@@ -380,14 +402,11 @@ def diffusion_objective(model, config, clean, noise, sigma, visible, labels, mae
 
 def consistency_objective(model, config, cfg, step, clean, noise, sigma, visible, labels,
                           references=None, reference_labels=None):
-    """The consistency loss of each image, (b,): ECT's, or SCT's if there are references.
-    The answer at sigma = t is drawn to the answer of the same network, without gradient, at the
-    lower level r, where x is one step along the estimated ODE from x_t."""
+    """The consistency loss of each image, (b,): ECT's, or SCT's with references. The answer at
+    sigma = t is drawn to that at the lower level r, one step along the estimated ODE from x_t."""
     t, x_t = sigma, noised(clean, noise, sigma)
-    edges = segment_edges(config.cm_segments).to(t, non_blocking=True)
-    lower = torch.where(edges[1:] < t[:, None], edges[1:], 0).amax(dim=1)  # of t's segment
     stage = step // max(1, math.ceil(cfg.steps / cfg.cm_stages))
-    r = torch.maximum(consistency_step(t, stage, cfg.cm_q, cfg.cm_k, cfg.cm_b), lower)
+    r = consistency_step(t, stage, cfg.cm_q, cfg.cm_k, cfg.cm_b)
     goal = clean  # where the ODE leads, judged by this image alone
     seen = visible if config.decoder_depth else None  # of the answer the visible patches count
     if references is not None:
@@ -396,15 +415,10 @@ def consistency_objective(model, config, cfg, step, clean, noise, sigma, visible
         shown = None if config.takes_all else visible
         goal = posterior_mean(x_t, clean, t, references, allowed, shown)
     x_r = x_t + ((r - t) / t).view(-1, 1, 1) * (x_t - goal)
-
-    def f(x, s):  # (1 - lower/s) D + (lower/s) x, which is x at s = lower: consistent down to there
-        denoised = model(x, s, visible, labels)
-        return denoised + (lower / s).view(-1, 1, 1) * (x - denoised)
-
-    with torch.no_grad():
-        level = torch.where(r > lower, r, t)  # where r = lower the answer is x_r itself
-        target = torch.where((r > lower).view(-1, 1, 1), f(x_r, level), x_r)
-    f_t = f(x_t, t)
+    with torch.no_grad():  # where r = 0 the answer is x_r itself
+        answer = model(x_r, torch.where(r > 0, r, t), visible, labels)
+        target = torch.where((r > 0).view(-1, 1, 1), answer, x_r)
+    f_t = model(x_t, t, visible, labels)
     return consistency_loss(take(f_t, seen), take(target, seen), t, r, cfg.cm_c, cfg.cm_weight)
 
 # ---- Continual learning: what each weight is worth, and what a teacher answers.
@@ -441,9 +455,8 @@ def replace_file(path, write, keep=None):
             f.flush()
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:
-        if os.path.exists(f"{path}.tmp"):
-            os.remove(f"{path}.tmp")
-        fail(f"{path} could not be written ({e}); what was there is whole: make room, go on")
+        os.path.exists(f"{path}.tmp") and os.remove(f"{path}.tmp")
+        need(False, f"{path} could not be written ({e}); what was there is whole: make room, go on")
     if keep and os.path.exists(path):
         os.replace(path, keep)
     os.replace(f"{path}.tmp", path)
@@ -454,14 +467,14 @@ def load_checkpoint(path):
         with zipfile.ZipFile(path) as z:  # torch.load itself does not compare the sums
             if damaged := z.testzip():
                 raise ValueError(f"wrong sum of {damaged}")
-        mmap = os.name != "nt"  # read when used; Windows could not replace a mapped file
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        checkpoint = torch.load(path, "cpu", weights_only=True, mmap=os.name != "nt")  # lazy
         stored, known = checkpoint["architecture"], {f.name for f in fields(ModelConfig)}
         if stored.get("sigma_data", SIGMA_DATA) != SIGMA_DATA:
             raise ValueError("a model of latents that were not normalised")
+        stored.setdefault("consistency", bool(stored.get("cm_segments")))
         checkpoint["architecture"] = {k: v for k, v in stored.items() if k in known}
     except Exception as e:  # the file's bytes decide which
-        fail(f"{path} is no whole checkpoint of train.py ({e!r:.200})")
+        need(False, f"{path} is no whole checkpoint of train.py ({e!r:.200})")
     need_noise(checkpoint.get("noise", "edm"), path)
     return checkpoint
 

@@ -1,8 +1,7 @@
 """Make a data set folder for train.py and fid.py out of images, or out of nothing.
 
     python prepare_data.py                                       # built-in faces -> data/faces
-    python prepare_data.py photos/ --size 64 --out data/photos   # sub-folders are classes
-    python prepare_data.py cifar-10-python.tar.gz --out data/cifar10   # or a .zip, .tar of images
+    python prepare_data.py photos/ --size 64 --out data/photos   # a folder, .zip, .tar, .npy, .npz
     python prepare_data.py latents.npy --labels labels.npy --out data/latents   # float (N,C,H,W)
     python prepare_data.py data/march --num 512 --classes cat,dog --out data/march-512   # a subset
 
@@ -11,6 +10,7 @@ train_labels.npy and val_labels.npy, int64 (N,); and meta.json, which says what 
 """
 
 import argparse
+import codecs
 import difflib
 import hashlib
 import io
@@ -19,13 +19,15 @@ import os
 import pickle
 import posixpath
 import re
+import shutil
 import signal
 import sys
 import tarfile
 import zipfile
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,47 +53,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = re.findall(r"^unrecog.*?(--[^\s=]+)", message)
         near = unknown and difflib.get_close_matches(unknown[0], self._option_string_actions)
-        hint = f", did you mean {near[0]}?" if near else ""
-        need(False, f"{self.prog}: {message}{hint} (--help lists the settings)")
-
-# ---- What training reads.
-class Images:
-    """The images of prepared folders (commas between), numbered through.
-    To train on something else, write a class with len(), read(), labels (int64 (N,), -1: no class)
-    and meta (size, channels, class_names or None, latent: None, or the mean and deviation of each
-    channel). Classes are united by name, with `class_names` first."""
-
-    def __init__(self, folders, split="train", patch_size=1, class_names=()):
-        opened = [open_folder(folder, split) for folder in folders.split(",")]
-        self.arrays, labels, metas = zip(*opened)  # arrays: memmaps (N, H, W, C)
-        kinds = {(meta["size"], meta["channels"], meta["dtype"]) for meta in metas}
-        need(len(kinds) == 1, f"{folders} hold {kinds}, which can't be mixed: prepare them alike")
-        names = [*class_names, *(name for meta in metas for name in meta["class_names"] or ())]
-        names = [*dict.fromkeys(names)]
-        numbers = [[*map(names.index, meta["class_names"] or ()), -1] for meta in metas]
-        self.labels = np.concatenate([np.array(n)[own] for n, own in zip(numbers, labels)])
-        self.meta = metas[0] | dict(class_names=names or None)
-        self.patch_size = patch_size
-
-    def __len__(self):
-        return sum(map(len, self.arrays))
-
-    def read(self, index, visible, flip):
-        """The visible patches (b, K, p*p*C) of the images `index` (b,), and no other byte of them.
-        visible (b, K) patch numbers, None for all; flip (b,) bool: which images to mirror (then the
-        patch numbers are those of the mirrored image)."""
-        p, c, g = self.patch_size, self.meta["channels"], self.meta["size"] // self.patch_size
-        visible = np.tile(np.arange(g * g), (len(index), 1)) if visible is None else visible
-        row, col = visible // g, visible % g
-        col = np.where(flip[:, None], g - 1 - col, col)
-        out, start = np.empty((*visible.shape, p, p, c), self.meta["dtype"]), 0
-        for array in self.arrays:
-            patches = array.reshape(-1, g, p, g, p, c)  # a view: nothing is read yet
-            own = (start <= index) & (index < start + len(array))
-            out[own] = patches[index[own, None] - start, row[own], :, col[own]]
-            start += len(array)
-        out[flip] = out[flip][:, :, :, ::-1]
-        return out.reshape(*visible.shape, p * p * c)
+        message += f", did you mean {near[0]}?" if near else ""
+        need(False, f"{self.prog}: {message} (--help lists the settings)")
 
 def open_folder(folder, split="train"):
     """-> images, a memmap (N,H,W,C) of uint8 or float32; labels int64 (N,), -1 if none; meta."""
@@ -103,116 +66,169 @@ def open_folder(folder, split="train"):
     labels = np.full(len(images), -1)
     if meta["class_names"]:
         labels = np.load(f"{folder}/{split}_labels.npy")
-    found = [*images.shape, str(images.dtype), len(labels)]
-    n, size, channels, dtype = (meta[k] for k in (f"num_{split}", "size", "channels", "dtype"))
-    need(found == [n, size, size, channels, dtype, n] and (dtype == "uint8" or meta["latent"])
-         and -1 <= labels.min() and labels.max() < len(meta["class_names"] or [0]),
-         f"{folder}/{split}.npy is {found}, which is not what meta.json says: make the set again")
+    expected = tuple(meta[k] for k in (f"num_{split}", "size", "size", "channels"))
+    need(images.shape == expected and images.dtype == meta["dtype"] and len(labels) == len(images)
+         and (images.dtype == np.uint8 or meta["latent"]) and -1 <= labels.min()
+         and labels.max() < len(meta["class_names"] or [0]),
+         f"{folder}/{split}.npy {images.shape} is not what meta.json says: make the set again")
     return images, labels, meta
 
 # ---- Sources: a list of candidates and a way to load each.
 # names, classes: of all candidates; load(index): a binary file or an array (H,W,C); order: of the
-# class names, if not that of the alphabet; num_val: so many at the end are held out.
+# class names; num_val: so many at the end are held out.
 Source = namedtuple("Source", "names load classes order size channels num_val",
                     defaults=(None, None, None, 3, 0))
 
-def open_source(src, stack, labels=None, size=64, seed=0):
-    """Lists the candidates and decodes none. What this opens, the ExitStack closes."""
+def open_source(src, stack, labels=None, size=64, seed=0, class_from="first", place=None):
+    """Lists the candidates and decodes none. A tar is unpacked in the folder `place`; what this
+    opens, the ExitStack closes."""
     if src is None:
-        classes = [FACE_CLASSES[i % 4] for i in range(NUM_FACES)]
-        return Source(range(NUM_FACES), lambda i: make_face(i, size, seed)[0], classes,
-                      FACE_CLASSES, size)
-    kind = "folder" if os.path.isdir(src) else posixpath.splitext(src.lower())[1]
-    kinds = "folder", ".zip", ".tar", ".gz", ".tgz", ".npy", ".npz"
-    need(os.path.exists(src) and kind in kinds, f"there is no {src}, or it is none of: {kinds}")
+        return Source(range(NUM_FACES), lambda i: make_face(i, size, seed)[0],
+                      FACE_CLASSES * (NUM_FACES // 4), FACE_CLASSES, size)
+    known = os.path.isfile(src) and re.search(r"\.(zip|tgz|tar|tar\.\w+|np[yz])$", src.lower())
+    need(known or os.path.isdir(src), f"there is no {src}, or no folder, .zip, .tar, .npy or .npz")
     try:
-        if os.path.exists(os.path.join(src, "meta.json")):  # a prepared set; val.npy stays held out
-            (train, labels, meta), (val, more, _) = open_folder(src), open_folder(src, "val")
-            n, names = len(train), meta["class_names"]
-            classes = names and [names[label] for label in (*labels, *more)]
-            return Source(range(n + len(val)), lambda i: train[i] if i < n else val[i - n],
-                          classes, names, meta["size"], meta["channels"], len(val))
-        if kind in (".npy", ".npz"):
-            return array_source(src, stack, labels)
-        return file_source(*list_files(src, kind, stack))
+        if os.path.exists(os.path.join(src, "meta.json")):  # a prepared set
+            (x, y, meta), (x_val, y_val, _) = open_folder(src), open_folder(src, "val")
+            names = dict(y=y, y_val=y_val, class_names=meta["class_names"])
+            return array_source(dict(x=x, x_val=x_val) | (names if meta["class_names"] else {}), 3)
+        if src.lower().endswith((".npy", ".npz")):
+            file = np.load(src, mmap_mode="r")  # an .npz: whole arrays, when they are asked for
+            file = {"arr_0": file} if isinstance(file, np.ndarray) else {**file}
+            return array_source(file | ({"arr_1": np.load(labels)} if labels else {}))
+        place = place or stack.enter_context(TemporaryDirectory())
+        return file_source(list_files(src, stack, place), class_from, seed)
     except Exception as error:  # noqa: BLE001 (a damaged archive can raise nearly anything)
-        sys.exit(f"cannot read {src} ({error!r:.300}): is the file complete?")
+        cut = isinstance(error, (zipfile.BadZipFile, tarfile.TarError, EOFError))
+        sys.exit(f"cannot read {src} ({error!r:.300})" + (": is the file complete?" if cut else
+                 f"; what must be unpacked goes to {place}"))
 
-def list_files(src, kind, stack):
-    """-> {path: key} of all files in a folder or an archive, and read(key) -> binary file."""
-    if kind == ".zip":
+def list_files(src, stack, place):
+    """-> {name: a function that opens it} of all files in a folder or an archive."""
+    if src.lower().endswith(".zip"):
         # Given an open file, ZipFile leaves its closing to us; its own count is not thread-safe.
         archive = zipfile.ZipFile(stack.enter_context(io.FileIO(src)))
-        return {info.filename.replace("\\", "/"): info for info in archive.infolist()
-                if not info.is_dir()}, lambda info: io.BytesIO(archive.read(info))
-    if kind != "folder":
-        archive, src = tarfile.open(src), stack.enter_context(TemporaryDirectory())
-        archive.extractall(src, filter="data")
-    return {path.relative_to(src).as_posix(): path for path in Path(src).rglob("*")
-            if path.is_file() or not path.exists()}, lambda path: path.open("rb")
+        return {info.filename.replace("\\", "/"): lambda i=info: io.BytesIO(archive.read(i))
+                for info in archive.infolist() if not info.is_dir()}
+    if os.path.isfile(src):
+        with tarfile.open(src) as archive:
+            archive.extractall(place, filter="data")
+        src = place
+    found, todo = {}, [(src, ())]
+    while todo:
+        path, above = todo.pop()
+        if os.path.isdir(path):
+            real = os.path.realpath(path)  # links are followed, but not round in a circle
+            inside = [] if real in above else os.listdir(path)
+            todo += [(os.path.join(path, name), (*above, real)) for name in inside]
+        elif os.path.isfile(path) or not os.path.exists(path):
+            found[os.path.relpath(path, src).replace(os.sep, "/")] = partial(open, path, "rb")
+    return found
 
-def file_source(found, read):
-    """Chooses files by their names and finds their classes."""
-    found = {posixpath.normpath(path): key for path, key in found.items()}
+def trim(folders):
+    """Lists of components without what all of them begin with and end with."""
+    start = len(os.path.commonprefix(folders))
+    end = len(os.path.commonprefix([folder[start:][::-1] for folder in folders]))
+    return [folder[start : len(folder) - end] for folder in folders]
+
+def file_source(found, class_from, seed):
+    """Chooses files by their names. Their classes come from a table or else from the folders: what
+    all paths begin or end with means nothing; train, val and test are splits; the first folder
+    that remains (class_from="last": the last) is the class."""
+    found = {posixpath.normpath(path): found[path] for path in sorted(found)
+             if not re.search(r"(^|/)(\.\w|__MACOSX)", path)}
     by_name = {posixpath.basename(path): path for path in found}
-    if {"data_batch_1", "test_batch"} <= by_name.keys():
-        return cifar_source({name: read(found[path]) for name, path in by_name.items()})
-    suffixes = {"", *Image.registered_extensions()}
-    names = sorted(path for path in found if posixpath.splitext(path)[1].lower() in suffixes
-                   and not re.search(r"(^|/)(\.|__MACOSX)", path))
-    if table := by_name.get("dataset.json"):  # the EDM layout: {"labels": [[path, label], ...]}
-        labels, top = json.load(read(found[table]))["labels"] or (), posixpath.dirname(table)
-        class_of = {posixpath.join(top, path): str(label) for path, label in labels}
-        names = [name for name in names if name in class_of or not class_of]
-        classes = class_of and [class_of[name] for name in names]
-    else:  # the class is the innermost folder; one folder around everything is none
-        paths = [name.split("/")[:-1] for name in names]
-        if len({path[0] if path else "" for path in paths}) == 1:
-            paths = [path[1:] for path in paths]
-        classes = any(paths) and [path[-1] if path else "." for path in paths]
-    return Source(names, lambda i: read(found[names[i]]), classes or None)
+    ten = sorted(name for name in by_name if name.startswith("data_batch_"))
+    for files in [*ten, "test_batch", "batches.meta"], ["train", "test", "meta"]:
+        if {*files} <= by_name.keys():
+            return cifar_source([found[by_name[name]]() for name in files], "fine_" * (not ten))
+    suffix = {path: posixpath.splitext(path)[1].lower() for path in found}
+    for known in Image.registered_extensions(), (".npy",), ("",):
+        if names := [path for path in found if suffix[path] in known]:
+            break
+    left_out = Counter(suffix[path] or "no suffix" for path in found.keys() - {*names})
+    need(names, f"no images were found, but files with {dict(left_out)}: convert or unpack them")
+    # {path, perhaps without its suffix: class} by WebDataset's or EDM's tables beside the images.
+    table = {p[:-4]: f().read().decode().strip() for p, f in found.items() if suffix[p] == ".cls"}
+    if path := by_name.get("dataset.json"):  # its rows may be lists
+        rows = dict(json.load(found[path]())["labels"] or {})
+        table = {path[:-12] + name: str(label) for name, label in rows.items()}
+    folders = trim([path.split("/")[:-1] for path in names])
+    split = re.compile(r"(train|val|test)(ing|id|idation)?([_-]?(set|data|images)|\d*)", re.I)
+    heads = [split.fullmatch(folder[0]) if folder else None for folder in folders]
+    splits = [head[1].lower() if head else "other" for head in heads]
+    if "train" in splits and {"val", "test"} & {*splits}:
+        folders = [folder[1:] for folder in folders]
+    else:
+        splits = ["train"] * len(names)
+    used = [i for split in ("train", "val") for i, s in enumerate(splits) if s == split]
+    if not table and "dataset.json" not in by_name:
+        folders, which = trim([folders[i] for i in used]), -(class_from == "last")
+        table = {names[i]: folder[which] for i, folder in zip(used, folders) if folder}
+    classes = {i: table.get(names[i], table.get(posixpath.splitext(names[i])[0])) for i in used}
+    counts = Counter(classes[i] for i in used if splits[i] == "train")
+    trained = counts.keys() - {None}
+    if len(trained) > 1 and 2 * counts[None] < counts.total():  # otherwise there are no classes
+        used = [i for i in used if classes[i] in trained]
+    else:
+        classes = None
+    left_out.update(f"{splits[i]} images" for i in {*range(len(names))} - {*used})
+    print(f"left out: {dict(left_out) or None}", file=sys.stderr)
+
+    def load(i):
+        file = found[names[used[i]]]()
+        if known != (".npy",):
+            return file
+        latent = np.load(file)
+        if "mean-std" in names[used[i]]:  # EDM2's encoder gives both: drawn from once, here
+            latent = np.random.default_rng([seed, i]).normal(*np.split(latent, 2))
+        return latent.transpose(1, 2, 0)
+
+    return Source([names[i] for i in used], load, classes and [classes[i] for i in used],
+                  size=len(load(0)) if known == (".npy",) else None,
+                  num_val=sum(splits[i] == "val" for i in used))
 
 class SafeUnpickler(pickle.Unpickler):
     """Admits what arrays are made of, so that no pickle can run anything."""
 
     def find_class(self, module, name):
-        safe = (r"(numpy(\._?core\.(multiarray|numeric))?|_codecs)\."
-                r"(ndarray|dtype|encode|_reconstruct|_frombuffer)")
-        need(re.fullmatch(safe, f"{module}.{name}"), f"refused: a pickle asks for {module}.{name}")
-        return super().find_class(module, name)
+        parts = [np.zeros(1).__reduce_ex__(protocol)[0] for protocol in (2, 5)]
+        return {p.__name__: p for p in (np.ndarray, np.dtype, codecs.encode, *parts)}[name]
 
-def cifar_source(files):
-    """The python archive of CIFAR-10; its test batch becomes val.npy."""
-    names = sorted(name for name in files if name.startswith("data_batch_"))
-    *batches, table = [SafeUnpickler(files[name], encoding="latin1").load()
-                       for name in (*names, "test_batch", "batches.meta")]
-    pixels = np.concatenate([np.asarray(batch["data"], np.uint8) for batch in batches])
-    pixels, order = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), table["label_names"]
-    classes = [order[label] for batch in batches for label in batch["labels"]]
-    return Source(range(len(pixels)), lambda i: pixels[i], classes, order, 32, 3,
-                  len(batches[-1]["data"]))
+def cifar_source(files, fine):
+    """The python archives of CIFAR-10 and CIFAR-100 (fine classes); the test images are val."""
+    *batches, table = [SafeUnpickler(file, encoding="latin1").load() for file in files]
+    x = [np.reshape(batch["data"], (-1, 3, 32, 32)).transpose(0, 2, 3, 1) for batch in batches]
+    y = [np.array(batch[f"{fine}labels"]) for batch in batches]
+    return array_source(dict(x=np.concatenate(x[:-1]), y=np.concatenate(y[:-1]), x_val=x[-1],
+                             y_val=y[-1], class_names=table[f"{fine}label_names"]))
 
-def array_source(path, stack, labels=None):
-    """Images, uint8 (N,H,W,C), or latents, float (N,C,H,W), in an .npy or .npz file."""
-    file, order = path, None
-    if path.lower().endswith(".npz"):  # unpacked, so that memory stays flat
-        folder = stack.enter_context(TemporaryDirectory())
-        zipfile.ZipFile(path).extractall(folder)
-        file, arr_1, names = (f"{folder}/{name}.npy" for name in ("arr_0", "arr_1", "class_names"))
-        labels = labels or (arr_1 if os.path.exists(arr_1) else None)
-        order = np.load(names).tolist() if os.path.exists(names) else None
-    array = np.load(file, mmap_mode="r")
-    n, latents = len(array), array.dtype.kind == "f"
-    need(array.size and array.ndim == 4 and (array.shape[2] == array.shape[3] if latents else
-         array.dtype == np.uint8 and array.shape[3] in (1, 3, 4)), f"{path} is {array.dtype} "
-         f"{array.shape}: expected float (N,C,S,S) for latents or uint8 (N,H,W,C) for images")
-    if labels is not None:
-        labels = np.load(labels)
-        need(labels.shape == (n,) and labels.dtype.kind in "iu" and labels.min() >= 0,
-             f"the labels of {path} are {labels.dtype} {labels.shape}: expected {n} class numbers")
-        labels = [order[i] if order else str(i) for i in labels]
-    array = array.transpose(0, 2, 3, 1) if latents else array
-    return Source(range(n), lambda i: array[i], labels, order, min(array.shape[1:3]))
+ARRAYS = ("arr_0 x_train train_images images x data", "arr_1 y_train train_labels labels y label",
+          "x_val val_images x_test test_images", "y_val val_labels y_test test_labels")
+
+def array_source(file, latent_axis=1):
+    """A mapping of arrays: images uint8 (N,H,W,C) or (N,H,W), or latents float (N,C,S,S), classes
+    (N,), the same of images to be held out, and class_names."""
+    x, y, x_val, y_val = (next((file[name] for name in row.split() if name in file), None)
+                          for row in ARRAYS)
+    if x is None:
+        raise ValueError(f"it holds the arrays {[*file]}, expected one of {ARRAYS[0]}")
+    arrays = [a[..., None] if a.ndim == 3 else a for a in (x, x_val) if a is not None]
+    arrays = [np.moveaxis(a, latent_axis, 3) if a.dtype.kind == "f" else a for a in arrays]
+    for a in arrays:
+        if not a.size or a.ndim != 4 or (a.shape[1] != a.shape[2] if a.dtype.kind == "f" else
+                                         a.dtype != np.uint8 or a.shape[3] not in (1, 3, 4)):
+            raise ValueError(f"it holds {a.dtype} {a.shape}, expected uint8 (N,H,W,C), or float "
+                             "(N,C,S,S) for latents")
+    n, total, shape = len(arrays[0]), sum(map(len, arrays)), arrays[0].shape
+    names, classes = np.asarray(file.get("class_names", ())).tolist(), None
+    if y is not None:
+        y = np.concatenate([part.reshape(-1) for part in (y, y_val) if part is not None])
+        if len(y) != total or y.dtype.kind not in "iu" or y.min() < -1:
+            raise ValueError(f"labels {y.dtype} {y.shape}, expected {total} class numbers")
+        classes = ["" if i < 0 else names[i] if names else str(i) for i in y]
+    return Source(range(total), lambda i: arrays[0][i] if i < n else arrays[1][i - n], classes,
+                  names, min(shape[1:3]), 1 if shape[3] == 1 else 3, total - n)
 
 def split(source, num, classes, val_frac, seed):
     """{"train": candidates, "val": candidates}, shuffled by the seed. classes: these alone; num: so
@@ -224,8 +240,11 @@ def split(source, num, classes, val_frac, seed):
     order = np.random.Generator(np.random.PCG64(seed)).permutation(n)
     order = order[np.isin(names[order], wanted)]
     val = [i for i in range(n, len(names)) if names[i] in wanted]
-    held = 0 if val else min(max(1, round(val_frac * len(order))), len(order) - 1)
-    train, val = order[: len(order) - held], val or order[len(order) - held :]
+    held = 0 if val else min(max(1, round(val_frac * len(order))), len(order) - 1, 10_000)
+    # The last ones are held out, but of each class the first stays.
+    first = np.unique(names[order], return_index=True)[1]
+    late = np.setdiff1d(np.arange(len(order)), first)[-held:] if held else []
+    train, val = np.delete(order, late), val or order[late]
     if num:  # one of each class in turn
         pools = [train[names[train] == name] for name in wanted]
         train = [i for row in zip_longest(*pools) for i in row if i is not None][:num]
@@ -238,7 +257,6 @@ FORMATS = "PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JP
 def iter_images(source, order, rejects, size=None, channels=3, fit="crop", background="white"):
     """Yields (i, uint8 (H,W,channels)) for i in `order`, latents as they are; `rejects`, a list,
     gets (name, reason). Threads decode a few images ahead, so memory stays flat."""
-
     def decode(i):
         try:
             return to_pixels(source.load(i), size, channels, fit, background)
@@ -273,10 +291,8 @@ def to_pixels(item, size, channels, fit, background):
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     image = image.convert("RGB")
     if size and fit == "crop":
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    if size and fit == "pad":
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    elif size and fit == "pad":
         image = ImageOps.pad(image, (size, size), Image.Resampling.LANCZOS, background)
     elif size:  # one of this size stays as it is
         image = image.resize((size, size), Image.Resampling.LANCZOS)
@@ -286,16 +302,15 @@ def to_image(pixels):  # uint8 (H,W,C), C = 1, 3 or 4 -> a picture of Pillow
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 # ---- The writer: the folder is complete or absent.
-def write(source, folder, parts, settings, strict):
+def write(source, folder, parts, settings):
     """Decodes the candidates `parts`, {split: numbers}, into the folder -> what meta.json says."""
-    digest, kept, rejects = hashlib.sha256(), {name: [] for name in parts}, []
+    kept, rejects = {name: [] for name in parts}, []
     for name, part in parts.items():
         with open(f"{folder}/{name}.npy", "wb") as file:
             file.seek(128)  # past the header, which says how many images there are
             images = iter_images(source, part, rejects, **settings)
             for i, image in tqdm(images, name, len(part), unit=" images"):
                 file.write(image)
-                digest.update(image)
                 kept[name].append(i)
             need(kept[name], f"none of {len(part)} images for {name}.npy can be read {rejects[:1]}")
             file.seek(0)
@@ -304,18 +319,22 @@ def write(source, folder, parts, settings, strict):
     for reject in rejects[:20]:
         print("  rejected {}: {}".format(*reject), file=sys.stderr)
     total = sum(map(len, parts.values()))
-    need(2 * len(rejects) <= total and not (strict and rejects),
+    need(2 * len(rejects) <= total,
          f"{total - len(rejects)} of {total} images can be read: is this the right source?")
-    used = {source.classes[i] for i in sum(kept.values(), [])} if source.classes else ()
-    by_number = sorted(used, key=lambda name: (int(name) if name.isdecimal() else -1, name))
-    order = [name for name in source.order or by_number if name in used]
-    for name in parts if used else ():
-        labels = np.array([order.index(source.classes[i]) for i in kept[name]], np.int64)
+    classes = source.classes or [""] * len(source.names)  # "": none
+    counts = Counter(classes[i] for i in kept["train"] if classes[i])
+    by_number = sorted(counts, key=lambda name: (int(name) if name.isdecimal() else -1, name))
+    order = [name for name in source.order or by_number if name in counts]
+    number = {name: i for i, name in enumerate(order)}  # a class without training images: -1, none
+    for name in kept if order else ():
+        labels = np.array([number.get(classes[i], -1) for i in kept[name]], np.int64)
         np.save(f"{folder}/{name}_labels.npy", labels)
-        digest.update(labels)
-    meta = {f"num_{name}": len(done) for name, done in kept.items()}
-    meta |= {"size": len(image), "channels": image.shape[2], "dtype": str(image.dtype),
-             "class_names": order or None, "hash": digest.hexdigest(), "rejected": len(rejects)}
+    odd = "; one image each: see --class_from" * (1000 < len(counts) == len(kept["train"]))
+    print(f"classes: { {name: counts[name] for name in order} or None}{odd}", file=sys.stderr)
+    digest = hashlib.file_digest(open(f"{folder}/train.npy", "rb"), "sha256").hexdigest()
+    meta = {"num_train": len(kept["train"]), "num_val": len(kept["val"]), "size": len(image),
+            "channels": image.shape[2], "dtype": str(image.dtype), "class_names": order or None,
+            "hash": digest, "rejected": len(rejects)}
     if image.dtype == np.float32:
         some = np.load(f"{folder}/train.npy", mmap_mode="r")[:4096].astype(np.float64)
         meta["latent"] = [f(some, axis=(0, 1, 2)).tolist() for f in (np.mean, np.std)]
@@ -334,39 +353,36 @@ def main(argv=None):
     add("num", None, "training images, as many of each class as possible", type=int)
     add("classes", None, "take these alone, names with commas between")
     add("labels", None, "labels.npy, integers (N,), for a source that is an array")
+    add("class_from", "first", "which folder, below those of all images", choices=("first", "last"))
     add("seed", 0, "of the shuffle and the faces")
-    add("strict", False, "any file that cannot be read is an error")
     add("force", False, "replace an existing data set")
-    add("preview", False, "add a contact sheet, preview.png")
     a = parser.parse_args(argv)
     title = "faces" if a.src is None else os.path.basename(os.path.realpath(a.src))
     shown = a.out or os.path.join("data", title.split(".")[0])
     out = os.path.realpath(shown)  # behind a link, the folder itself is replaced
     inside = {*os.listdir(out)} if os.path.exists(out) else set()
     known = re.fullmatch("((train|val)(_labels)?.npy|meta.json|preview.png| )*", " ".join(inside))
+    need("," not in out, f"{shown}: a comma separates data sets in train.py, name another --out")
     need(not inside or a.force and known, f"{shown} is there already: name another --out, or give "
          "--force, which replaces a data set (but no folder that holds anything else)")
     os.makedirs(os.path.dirname(out), exist_ok=True)
     with ExitStack() as stack:
         place = stack.enter_context(TemporaryDirectory(".tmp", dir=os.path.dirname(out)))
-        os.mkdir(f"{place}/new")
-        source = open_source(a.src, stack, a.labels, a.size or 64, a.seed)
+        source = open_source(a.src, stack, a.labels, a.size or 64, a.seed, a.class_from, place)
         settings = {"size": a.size or source.size or 64, "channels": a.channels or source.channels,
                     "fit": a.fit, "background": a.background}
         parts = split(source, a.num, a.classes, a.val_frac, a.seed)
-        meta = write(source, f"{place}/new", parts, settings, a.strict)
+        takes = sum(map(len, parts.values())) * settings["size"] ** 2 * settings["channels"]
+        need(takes < shutil.disk_usage(place).free, f"no room for the {takes} bytes of {shown}")
+        os.mkdir(f"{place}/new")
+        meta = write(source, f"{place}/new", parts, settings)
         meta["preprocessing"] = settings | {"source": title, "seed": a.seed}
         Path(place, "new", "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        if a.preview and meta["dtype"] == "uint8":
-            some = np.load(f"{place}/new/train.npy", mmap_mode="r")[:100]
-            columns = [np.vstack(some[i : i + 10]) for i in range(0, max(1, len(some) - 9), 10)]
-            to_image(np.hstack(columns)).save(f"{place}/new/preview.png")
         if os.path.exists(out):
             os.rename(out, f"{place}/old")
             stack.callback(lambda: os.path.exists(out) or os.rename(f"{place}/old", out))
         os.rename(f"{place}/new", out)
-    print(f"{shown}: {meta['num_train']} training and {meta['num_val']} validation images of side "
-          f"{meta['size']}, classes {meta['class_names']}", file=sys.stderr)
+    print(f"{shown}: {meta['num_train']} images, {meta['num_val']} held out", file=sys.stderr)
 
 # ---- The built-in data: faces.
 NUM_FACES = 12_000
@@ -401,10 +417,8 @@ def make_face(index, size=64, seed=0, label=None):
     cx, cy = s * (0.5 + 0.02 * shift), s * (0.46 + 0.015 * lift)
     def box(x, y, rx, ry):
         return [cx + u * (x - rx), cy + u * (y - ry), cx + u * (x + rx), cy + u * (y + ry)]
-
     def poly(brush, colour, *points):
         brush.polygon([(cx + u * x, cy + u * y) for x, y in points], colour)
-
     def glow(mask, x, y, r, colour):
         area = [round(v) for v in box(x, y, r, r)]
         soft = GLOW.resize((area[2] - area[0], area[3] - area[1]), Image.Resampling.NEAREST)

@@ -21,10 +21,11 @@ from functools import partial
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from tqdm import tqdm
 
-from model import (SIGMA_DATA, Denoiser, ModelConfig, load_checkpoint, need_noise, patchify,
-                   replace_file, sampler_levels, segment_edges, unpatchify)
+from model import (SIGMA_DATA, Denoiser, Images, ModelConfig, load_checkpoint, need_noise, patchify,
+                   replace_file, sampler_levels, unpatchify)
 from prepare_data import Parser, need, to_image
 
 # ---- Noise, noise levels, steps.
@@ -39,29 +40,24 @@ def seeded(*numbers, device="cpu"):
     return torch.Generator(device).manual_seed(seed_of(*numbers))
 
 def noise_levels(config, sampler=None, steps=None, mid_sigma=0.821):
-    """(sampler, sigmas) for a model; what is None is chosen by its kind.
-    A diffusion model: heun, 18 steps. A consistency model: one step; more go from 80 to mid_sigma
-    evenly in ln sigma. One of m > 1 segments: an Euler step through each."""
-    m = config.cm_segments
+    """(sampler, sigmas) for a model; what is None is chosen by its kind: heun, 18 steps, or of a
+    consistency model one step; more go from 80 to mid_sigma evenly in ln sigma."""
     if sampler in ("churn", "consistency"):
         need_noise("edm", f"--sampler {sampler}")
-    own = {0: sampler, 1: "consistency"}.get(m, "euler")
-    need(sampler in (None, own) and (m < 2 or steps in (None, m)), f"a consistency model of {m} "
-         f"segments has its own sampler, {own}, and steps: leave out --sampler and --steps")
-    if m > 1:
-        return "euler", segment_edges(m)
-    if m == 1 or sampler == "consistency":
+    sampler = sampler or ("consistency" if config.consistency else "heun")
+    need(not config.consistency or sampler == "consistency", "this is a consistency model: it has "
+         "a sampler of its own, leave out --sampler")
+    if sampler == "consistency":
         levels = [*np.geomspace(80.0, mid_sigma, steps or 1), 0.0]
-        return "consistency", torch.tensor(levels, dtype=torch.float64)
-    return sampler or "heun", sampler_levels(steps or 18)
+        return sampler, torch.tensor(levels, dtype=torch.float64)
+    return sampler, sampler_levels(steps or 18)
 
 def sample_loop(denoise, x, sigmas, sampler="heun", draw=None, churn=CHURN):
     """Integrate the probability-flow ODE, or the SDE, from noise to data (EDM algorithms 1 and 2).
     denoise(x, sigma) -> D(x; sigma) for a float sigma; x standard normal of any shape; sigmas
     (n + 1,) descending to 0; draw() gives fresh noise like x. Samplers: "euler" (the DDIM step, n
-    evaluations), "heun" (second order, 2n - 1), "churn" (heun with noise added before each step;
-    `churn`: S_churn, S_min, S_max, S_noise), "consistency" (denoise, then add noise of the next
-    level)."""
+    evaluations), "heun" (second order, 2n - 1), "churn" (heun with noise added before each step:
+    S_churn, S_min, S_max, S_noise), "consistency" (denoise, add noise of the next level)."""
     sigmas, (s_churn, s_min, s_max, s_noise) = [float(s) for s in sigmas], churn
     n = len(sigmas) - 1
     x = x * sigmas[0]
@@ -82,14 +78,12 @@ def sample_loop(denoise, x, sigmas, sampler="heun", draw=None, churn=CHURN):
         x = x_next
     return x
 
-def guided(denoiser, labels, cfg_scale, interval=(0.0, math.inf)):
+def guided(denoiser, labels, scale):
     """denoise(x, sigma) with classifier-free guidance D_null + g (D_label - D_null).
-    Scale 1 evaluates the labels only, 0 the null class only. Outside low < sigma <= high of
-    `interval` the scale is 1 (arXiv 2404.07724)."""
+    Scale 1 evaluates the labels only, 0 the null class only."""
     null = None if labels is None else torch.full_like(labels, -1)
 
     def denoise(x, sigma):
-        scale = cfg_scale if interval[0] < sigma <= interval[1] else 1
         sigma = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
         if labels is None or scale in (0, 1):
             return denoiser(x, sigma, labels=null if scale == 0 else labels)
@@ -109,8 +103,7 @@ def load_denoiser(path, weights="ema", device="cpu"):
 
 @torch.inference_mode()
 def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0.821,
-             churn=CHURN, cfg_scale=1.0, cfg_interval=(0.0, math.inf), labels=None,
-             batch_size=64, dtype=torch.float32):
+             cfg_scale=1.0, labels=None, batch_size=64, dtype=torch.float32):
     """Yield (indices, images) batch by batch for the given image indices.
     images: numpy uint8 (b, H, W, C), or latents, float32 (b, C, H, W) on their own scale. `labels`:
     class numbers, cycled over the indices (default: all). Image i depends on (seed, i) alone."""
@@ -131,8 +124,8 @@ def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0
         cycled = [labels[i % len(labels)] for i in batch] if labels else None
         classes = torch.tensor(cycled, device=device) if labels else None
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            denoise = guided(denoiser, classes, cfg_scale, cfg_interval)
-            x = sample_loop(denoise, draw(), sigmas, sampler, draw, churn)
+            denoise = guided(denoiser, classes, cfg_scale)
+            x = sample_loop(denoise, draw(), sigmas, sampler, draw)
         images = unpatchify(x, c.patch_size).float().cpu()
         if c.latent:
             mean, deviation = torch.tensor(c.latent)
@@ -153,7 +146,8 @@ def write_all(out, batches, num, batch_size, describe, class_names, rank, world)
         need(not there or os.path.exists(recipe) and json.load(open(recipe)) == describe,
              f"{work} holds other files, or samples of another recipe: give another --out")
         replace_file(recipe, lambda f: f.write(json.dumps(describe).encode()))
-    meet()
+    if world > 1:
+        dist.barrier()
     chunks = [range(i, min(i + batch_size, num)) for i in range(0, num, batch_size)]
     for chunk in tqdm(chunks[rank::world], desc="sampling", unit="batch", disable=rank > 0):
         paths = [f"{work}/{i:06d}.png" for i in chunk]
@@ -164,17 +158,14 @@ def write_all(out, batches, num, batch_size, describe, class_names, rank, world)
         for path, image in zip(paths, images if work == out else [images]):
             replace_file(path, lambda f: np.save(f, image) if work != out else
                          to_image(image).save(f, "PNG"))
-    meet()
+    if world > 1:
+        dist.barrier()
     if rank == 0 and work != out:
         arrays = dict(arr_0=np.concatenate([np.load(f"{work}/{c[0]:06d}.npy") for c in chunks]))
         if describe["labels"]:
             arrays |= dict(arr_1=np.resize(describe["labels"], num), class_names=class_names)
         replace_file(out, lambda f: np.savez(f, **arrays))
         shutil.rmtree(work)
-
-def meet():  # all processes wait for each other
-    if dist.is_initialized():
-        dist.barrier()
 
 def save_grid(path, images, columns=None):
     """Write images uint8 (N, H, W, C) as one picture; latents (N, C, H, W): the first channels."""
@@ -187,7 +178,8 @@ def save_grid(path, images, columns=None):
     cells = white(images, ((0, -len(images) % columns), (gap, 0), (gap, 0), (0, 0)))
     rows = [np.hstack(cells[i : i + columns]) for i in range(0, len(cells), columns)]
     sheet = white(np.vstack(rows), ((0, gap), (0, gap), (0, 0)))
-    replace_file(path, lambda f: to_image(sheet).save(f, "PNG"))
+    kind = Image.registered_extensions()[os.path.splitext(path)[1].lower()]
+    replace_file(path, lambda f: to_image(sheet).save(f, kind))
 
 # ---- The command.
 def pick_device(name, local_rank=0):
@@ -215,8 +207,6 @@ def add_flags(parser, batch_size):
     add("steps", None, "of the sampler; by the kind of model, 18 or 1", type=int)
     add("sampler", None, "likewise", choices=("heun", "euler", "churn", "consistency"))
     add("mid_sigma", None, "second noise level of a consistency model", type=float)
-    add("churn", [*CHURN], "S_churn,S_min,S_max,S_noise of that sampler",
-        type=lambda text: [float(v) for v in text.split(",")])
     add("cfg_scale", 1.0, "guidance scale, 1 for none")
     add("seed", 0, "of the noise")
     add("batch_size", batch_size, "images at a time")
@@ -231,15 +221,22 @@ def sampling_settings(args, denoiser, checkpoint):
     # ECT's second noise level, by the preset that the model was tuned with
     mid = args.mid_sigma or {"imagenet64": 1.526}.get(trained.get("cm_preset"), 0.821)
     sampler, sigmas = noise_levels(c, args.sampler, args.steps, mid)
+    need(args.mid_sigma is None or sampler == "consistency",
+         f"--mid_sigma is of the sampler consistency, and this is {sampler}")
     return dict(seed=args.seed, sampler=sampler, steps=len(sigmas) - 1, mid_sigma=mid,
-                churn=args.churn, cfg_scale=args.cfg_scale)
+                cfg_scale=args.cfg_scale)
 
-def class_numbers(text, names):
-    """"cat,0" -> [3, 0]: numbers of classes from names or numbers; exits if there is none such."""
+def class_numbers(text, names, data, num):
+    """Numbers of the classes to draw: all (None), some by name or number ("cat,0"), or "data": in
+    the shares of that prepared set. Exits if there is none such."""
+    if text == "data":
+        labels = np.sort(Images(data, "train", 1, names).labels)
+        return labels[np.arange(num) * len(labels) // num].tolist()
     known = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
-    unknown = [part for part in text.split(",") if part not in known]
+    chosen = text.split(",") if text else names
+    unknown = [part for part in chosen if part not in known]
     need(not unknown, f"--labels: the model has no class {unknown}, it has {names}")
-    return [known[part] for part in text.split(",")]
+    return [known[part] for part in chosen]
 
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -248,20 +245,18 @@ def main(argv=None):
     add("num", 64, "number of images")
     add("out", "out/samples.png", ".png: a grid; .npz: arr_0; else a folder of PNGs")
     add("weights", "ema", "of the checkpoint", choices=("ema", "raw"))
-    add("cfg_interval", "0,inf", "guide between these noise levels only, such as 0.2,5")
-    add("labels", None, "classes to draw, names or numbers, cycled over the images; default: all")
+    add("labels", None, "names or numbers of classes, cycled; data: in its shares; default: all")
     add_flags(parser, batch_size=64)
     args = parser.parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     denoiser, checkpoint = load_denoiser(args.ckpt, args.weights, device)
-    labels = [*range(denoiser.config.num_classes)]
-    names = checkpoint["class_names"] if labels else []
-    labels = class_numbers(args.labels, names) if args.labels else labels
-    settings = dict(sampling_settings(args, denoiser, checkpoint), labels=labels,
-                    cfg_interval=[float(level) for level in args.cfg_interval.split(",")])
-    suffix = os.path.splitext(args.out)[1]
-    need(suffix in (".npz", ".png") or not denoiser.config.latent,
+    names = checkpoint["class_names"] if denoiser.config.num_classes else []
+    labels = class_numbers(args.labels, names, checkpoint["config"].get("data"), args.num)
+    settings = dict(sampling_settings(args, denoiser, checkpoint), labels=labels)
+    suffix = os.path.splitext(args.out.lower())[1]
+    picture = Image.registered_extensions().get(suffix)
+    need(suffix == ".npz" or picture or not denoiser.config.latent,
          "this model makes latents: give an --out that ends in .npz, and decode that")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     if world > 1 and not dist.is_initialized():
@@ -273,16 +268,16 @@ def main(argv=None):
 
     if rank == 0:
         print(f"{args.num} samples of {args.ckpt}, step {checkpoint['step']}, {args.weights} "
-              f"weights, {settings['sampler']} {settings['steps']}, on {device}", file=sys.stderr)
-    if suffix != ".png":
+              f"weights, {settings['sampler']} {settings['steps']}, on {device}, of classes "
+              f"{args.labels or 'all'} of {dict(enumerate(names))}", file=sys.stderr)
+    if not picture:
         describe = dict(settings, num=args.num, batch_size=args.batch_size, weights=args.weights,
                         dtype=args.dtype, model=[args.ckpt, os.path.getmtime(args.ckpt)])
         write_all(args.out, batches, args.num, args.batch_size, describe, names, rank, world)
     elif rank == 0:
         made = tqdm(batches(range(args.num)), "sampling", -(-args.num // args.batch_size))
-        columns = None
-        if 1 < len(labels) <= 20:  # a column is of one class, the picture about square
-            columns = len(labels) * max(1, round(args.num**0.5 / len(labels)))
+        few = 1 < len(labels) <= 20  # then a column is of one class, the picture about square
+        columns = few and len(labels) * max(1, round(args.num**0.5 / len(labels)))
         save_grid(args.out, np.concatenate([images for _, images in made]), columns)
     if dist.is_initialized():
         dist.destroy_process_group()

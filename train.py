@@ -32,11 +32,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import sample
-from model import (NOISE, P_MEAN, P_STD, PRESETS, Denoiser, ModelConfig,
+from model import (NOISE, P_MEAN, P_STD, PRESETS, Denoiser, Images, ModelConfig,
                    consistency_objective, count_visible, diffusion_objective, fisher_information,
                    load_checkpoint, load_what_fits, mask_ratios, need_noise, normalised, patchify,
                    replace_file, sample_visible, sigma_of, teach)
-from prepare_data import Images, Parser, need
+from prepare_data import Parser, need
 
 # ---- Settings: typed, else the resumed run's, else CONSISTENCY, DEFAULTS, those in parse().
 GPU = dict(preset="maskdm-64", beta1=0.99, lr=2e-4, steps=100_000, lr_schedule="constant",
@@ -89,7 +89,6 @@ def parse(argv):
     add("cm_b", 1.0, "how fast that falls with the noise level")
     add("cm_c", 0.0, "constant of the pseudo-Huber distance")
     add("cm_weight", "gap", "1/(t - r), or 1/t^2 + 1/sigma_data^2", choices=("gap", "edm"))
-    add("cm_segments", 1, "segments of the noise levels, one sampling step each")
     add("ref_batch", 0, "images averaged for the target (SCT); 0: none (ECT)")
     add("replay", None, "old prepared sets, comma-separated, in every batch")
     add("replay_frac", 0.5, "share of a batch that is old")
@@ -174,7 +173,7 @@ def shuffled(n, seed, epoch):
     return torch.randperm(n, generator=sample.seeded(seed, 0, epoch)).numpy()
 
 class Stream:
-    """Batches by step number, of images like prepare_data.Images. Those after the first `new` are
+    """Batches by step number, of images like model.Images. Those after the first `new` are
     old: a share of each batch. New and old ones come in epochs of fresh order each, so that any
     step can be loaded directly; in a batch the new ones come first."""
 
@@ -259,7 +258,7 @@ class Stream:
 
 def validation_set(sets, config, p_mean, p_std, limit=512):
     """Whole images, noise levels (quantiles of ln sigma) and noise, the same in every run on a set.
-    sets: like prepare_data.Images, of which each gives its first limit / len(sets)."""
+    sets: like model.Images, of which each gives its first limit / len(sets)."""
     some = [np.arange(min(len(x), limit // len(sets))) for x in sets]
     clean = np.concatenate([x.read(i, None, np.zeros(len(i), bool)) for x, i in zip(sets, some)])
     labels = torch.from_numpy(np.concatenate([x.labels[i] for x, i in zip(sets, some)]))
@@ -315,7 +314,7 @@ def build(cfg, source, start, device, rank, world, say):
     config = ModelConfig(**{k: getattr(cfg, k) for k in ARCHITECTURE}, image_size=meta["size"],
                          channels=meta["channels"], latent=latent or (),
                          num_classes=len(names) if cfg.class_cond else 0,
-                         cm_segments=cfg.cm_segments if cfg.loss == "consistency" else 0)
+                         consistency=cfg.loss == "consistency")
     torch.manual_seed(sample.seed_of(cfg.seed, 4))
     denoiser = Denoiser(config)
     if source:
@@ -329,7 +328,8 @@ def build(cfg, source, start, device, rank, world, say):
     if source:
         ema.load_state_dict(start["ema"])
         for optimizer, stored in zip(optimizers, start["optimizer"]):  # the settings are today's
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": stored["state"]})
+            state = deepcopy(stored["state"]) if device.type == "cpu" else stored["state"]
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         say(f"resumed from step {step}")
     here = "cpu" if device.type == "mps" else device  # two threads crash (pytorch issue 197805)
     stream = Stream(images, new, cfg, config, torch.device(here), rank, world)
@@ -358,7 +358,7 @@ def main(argv=None):
     if cfg.distill_from:
         teacher, theirs = sample.load_denoiser(cfg.distill_from, "ema", device)
         classes = (theirs.get("class_names") or []) if cfg.class_cond else []
-        kinds = {(c.grid, c.token_dim, c.latent, c.takes_all, c.cm_segments)
+        kinds = {(c.grid, c.token_dim, c.latent, c.takes_all, c.consistency)
                  for c in (config, teacher.config)}
         need(cfg.replay and classes == names[: len(classes)] and len(kinds) == 1,
              f"{cfg.distill_from} is a model of another kind or other classes, or lacks a --replay")

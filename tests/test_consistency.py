@@ -13,12 +13,11 @@ from conftest import TINY, make_dataset, mistake
 import model
 import sample
 import train
-from model import (Denoiser, ModelConfig, consistency_loss, consistency_objective, consistency_step, load_checkpoint,
-                   posterior_mean, segment_edges)
-from prepare_data import Images
+from model import (Denoiser, Images, ModelConfig, consistency_loss, consistency_objective, consistency_step, load_checkpoint,
+                   posterior_mean)
 
 MEAN, STD = 0.3, 0.7  # each coordinate ~ N(0.3, 0.7^2)
-CONFIG = ModelConfig(image_size=4, channels=1, patch_size=2, dim=8, depth=1, heads=1, cm_segments=1)
+CONFIG = ModelConfig(image_size=4, channels=1, patch_size=2, dim=8, depth=1, heads=1, consistency=True)
 
 
 def ode(x, t, s):
@@ -26,21 +25,15 @@ def ode(x, t, s):
     return MEAN + (x - MEAN) * torch.sqrt((STD**2 + s**2) / (STD**2 + t**2))
 
 
-def lower_edge(t, segments):
-    return max(e for e in segment_edges(segments).tolist() if e < t)
-
-
 class Exact:
-    """D(x; t) of the exact consistency model: f(x, t) is the ODE's end at the segment's lower edge."""
+    """D(x; t) of the exact consistency model: the end of the ODE."""
 
-    def __init__(self, segments=1):
-        self.segments, self.calls = segments, []
+    def __init__(self):
+        self.calls = []
 
     def __call__(self, x, t, visible=None, labels=None):
         self.calls.append((t.clone(), torch.is_grad_enabled()))
-        s = torch.tensor([lower_edge(v, self.segments) for v in t.tolist()], dtype=t.dtype)
-        t, s = t.view(-1, 1, 1), s.view(-1, 1, 1)
-        return (ode(x, t, s) - s / t * x) / (1 - s / t)
+        return ode(x, t.view(-1, 1, 1), torch.zeros(1, 1, 1, dtype=t.dtype))
 
 
 def settings(**changes):
@@ -53,34 +46,26 @@ def draw(b=6, seed=0):
     return MEAN + STD * clean, noise
 
 
-def test_segment_edges_are_levels_of_the_sampling_schedule():
-    assert segment_edges(1).tolist() == [80, 0]
-    root = lambda i, n: (80 ** (1 / 7) + i / n * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
-    assert np.allclose(segment_edges(2), [80, root(1, 2), 0])
-    assert np.allclose(segment_edges(4), [80, root(1, 4), root(2, 4), root(3, 4), 0])
-
-
-@pytest.mark.parametrize("segments", [1, 2, 4])
 @pytest.mark.parametrize("weight", ["gap", "edm"])
 @pytest.mark.parametrize("c", [0.0, 0.06])
-def test_the_exact_consistency_function_has_no_loss_along_the_exact_ode(monkeypatch, segments, weight, c):
+def test_the_exact_consistency_function_has_no_loss_along_the_exact_ode(monkeypatch, weight, c):
     clean, noise = draw()
     for t in (0.01, 0.4, 3.0, 20.0, 79.0):
         t6 = torch.full((6,), t, dtype=torch.float64)
         x_t = clean + t * noise
         for stage in (0, 2, 6):
-            r = torch.clamp(consistency_step(t6, stage, k=0.0), min=lower_edge(t, segments))
+            r = consistency_step(t6, stage, k=0.0)
             x_r = ode(x_t, t6.view(-1, 1, 1), r.view(-1, 1, 1))
             # The one straight step that ends where the ODE does: towards this image.
             goal = x_t - (t6 / (r - t6)).view(-1, 1, 1) * (x_r - x_t)
             monkeypatch.setattr(model, "posterior_mean", lambda *a: goal)
             loss = consistency_objective(
-                Exact(segments), replace(CONFIG, cm_segments=segments), settings(cm_c=c, cm_weight=weight), 100 * stage,
+                Exact(), CONFIG, settings(cm_c=c, cm_weight=weight), 100 * stage,
                 clean, noise, t6, None, None, references=clean)
             assert (loss * (t6 - r)).max() < 1e-8
 
 
-def residuals(monkeypatch, goals, t=2.0, segments=1):
+def residuals(monkeypatch, goals, t=2.0):
     """|f(x_t) - f(x_r)| as r comes closer to t, one row for each stage; goals(x_t) -> list of goals."""
     clean, noise = draw(1)
     sigma = torch.full((1,), t, dtype=torch.float64)
@@ -90,17 +75,16 @@ def residuals(monkeypatch, goals, t=2.0, segments=1):
         for goal in goals(clean + t * noise):
             monkeypatch.setattr(model, "posterior_mean", lambda *a: goal)
             loss = consistency_objective(
-                Exact(segments), replace(CONFIG, cm_segments=segments), settings(), 100 * stage, clean, noise, sigma,
+                Exact(), CONFIG, settings(), 100 * stage, clean, noise, sigma,
                 None, None, references=clean)
             row.append(loss.item() * t * 2.0 ** -(stage + 1))
         rows.append(row)
     return np.array(rows)
 
 
-@pytest.mark.parametrize("segments", [1, 3])
-def test_with_the_analytic_posterior_mean_the_residual_is_of_second_order(monkeypatch, segments):
+def test_with_the_analytic_posterior_mean_the_residual_is_of_second_order(monkeypatch):
     exact = lambda x: [(STD**2 * x + 4 * MEAN) / (STD**2 + 4)]
-    found = residuals(monkeypatch, exact, segments=segments)[:, 0]
+    found = residuals(monkeypatch, exact)[:, 0]
     order = np.polyfit(np.arange(5), np.log2(found), 1)[0]
     assert abs(order + 2) < 0.1
 
@@ -207,7 +191,7 @@ MASKED = ["--mask_ratio=0.5", "--mask_type=patch"]
 
 
 @pytest.mark.parametrize("extra", [
-    [], ["--ref_batch=9", "--class_cond", "--hflip"], ["--cm_segments=2"], [*MASKED, "--ref_batch=9"],
+    [], ["--ref_batch=9", "--class_cond", "--hflip"], [*MASKED, "--ref_batch=9"],
     [*MASKED, "--ref_batch=9", "--route=0,1"], [*MASKED, "--cm_preset=imagenet64", "--mask_ratio_end=0"]])
 def test_tuning_runs_resumes_and_is_sampled_by_the_right_rule(labelled, tmp_path, extra, capsys):
     base = [f"--data={labelled}", f"--out_dir={tmp_path}", "--batch_size=12"]
@@ -222,8 +206,7 @@ def test_tuning_runs_resumes_and_is_sampled_by_the_right_rule(labelled, tmp_path
     assert all(torch.equal(whole[k][n], again[k][n]) for k in ("model", "ema") for n in whole[k])
     capsys.readouterr()
     sample.main(["--ckpt", f"{tmp_path}/cm.pt", "--num=4", "--out", f"{tmp_path}/x.npz"])
-    rule = "euler 2" if "--cm_segments=2" in extra else "consistency 1"
-    assert rule in capsys.readouterr().err
+    assert "consistency 1" in capsys.readouterr().err
     sample.main(["--ckpt", f"{tmp_path}/cm.pt", "--num=4", "--steps=2", "--out", f"{tmp_path}/y.npz"])
     lines = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert math.isfinite([r["val_loss"] for r in lines if r["run"] == "cm" and "val_loss" in r][-1])
@@ -304,21 +287,10 @@ def test_consistency_sampling_of_one_and_two_steps(monkeypatch):
     for steps, mid, levels in ((1, 0.821, [80.0]), (2, 0.821, [80.0, 0.821]), (2, 3.0, [80.0, 3.0]),
                                (3, 0.8, [80.0, 8.0, 0.8])):
         asked.clear()
-        kind, sigmas = sample.noise_levels(ModelConfig(cm_segments=1), None, steps, mid)
+        kind, sigmas = sample.noise_levels(ModelConfig(consistency=True), None, steps, mid)
         sample.sample_loop(denoise, noise, sigmas, kind, draw=lambda: noise)
         assert kind == "consistency" and np.allclose(asked, levels)
     assert sample.noise_levels(ModelConfig())[0] == "heun" and len(sample.noise_levels(ModelConfig())[1]) == 19
-
-
-@pytest.mark.parametrize("segments", [2, 5])
-def test_segments_are_sampled_by_one_exact_step_each(segments):
-    model = Exact(segments)
-    noise = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1)
-    kind, sigmas = sample.noise_levels(ModelConfig(cm_segments=segments))
-    denoise = lambda x, sigma: model(x, torch.full((9,), sigma, dtype=torch.float64))
-    x = sample.sample_loop(denoise, noise, sigmas, kind)
-    assert len(model.calls) == segments
-    assert torch.allclose(x, ode(80 * noise, torch.tensor(80.0), torch.tensor(0.0)))
 
 
 def test_mistakes_get_a_sentence(dataset, tmp_path):
@@ -327,14 +299,14 @@ def test_mistakes_get_a_sentence(dataset, tmp_path):
     tune = [*args, *TINY[4:], "--loss=consistency", f"--init_from={tmp_path}/ft.pt"]
     guided = ["--ckpt", tmp_path / "ft.pt", "--num=2", "--steps=2", "--out", tmp_path / "x.png", "--cfg_scale=2"]
     assert "classes" in mistake(sample.main, *guided)
-    train.main([*tune, "--cm_segments=3"])
-    several = ["--ckpt", tmp_path / "cm.pt", "--num=2", "--out", tmp_path / "y.png"]
-    assert "3 segments" in mistake(sample.main, *several, "--steps=2")
-    assert "3 segments" in mistake(sample.main, *several, "--sampler=heun")
+    assert "--mid_sigma is of" in mistake(sample.main, *guided[:-1], "--mid_sigma=1")
+    train.main(tune)
+    tuned = ["--ckpt", tmp_path / "cm.pt", "--num=2", "--out", tmp_path / "y.png"]
+    assert "a sampler of its own" in mistake(sample.main, *tuned, "--sampler=heun")
 
 
 def test_tuning_and_its_samplers_refuse_another_kind_of_noise(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "NOISE", "flow")  # they are derived for EDM's
     assert "flow" in mistake(train.main, f"--data={dataset}", f"--out_dir={tmp_path}", "--loss=consistency", *TINY)
     for kind in ("consistency", "churn"):
-        assert "flow" in mistake(lambda _: sample.noise_levels(replace(CONFIG, cm_segments=0), kind))
+        assert "flow" in mistake(lambda _: sample.noise_levels(replace(CONFIG, consistency=False), kind))

@@ -15,7 +15,7 @@ import model
 import sample
 import train
 from model import Denoiser, ModelConfig, load_checkpoint, sample_visible
-from prepare_data import Images
+from model import Images
 
 CONFIG = ModelConfig(image_size=16, dim=32, depth=2, heads=2)
 CPU, PLAIN = torch.device("cpu"), torch.autocast("cpu", enabled=False)

@@ -602,7 +602,7 @@ def bad_cases(tmp_path, net):
     sentences = {
         "no such source": ([good, tmp_path / "absent", *jit], "absent"),
         "only one source": ([good], "--stats"),
-        "an empty folder": ([good, tmp_path / "empty", *jit], "2 images"),
+        "an empty folder": ([good, tmp_path / "empty", *jit], "no images"),
         "one image": ([good, npz(tmp_path / "one.npz", images(1)), *jit], "one.npz"),
         "three images for pr": ([good, npz(tmp_path / "few.npz", images(3)), "--metrics=pr", *jit], "pr 4"),
         "a damaged image": ([good, tmp_path / "damaged", *jit], "0001.png"),

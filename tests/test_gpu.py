@@ -27,8 +27,7 @@ RUNS = {
     "latents": ["--data=LATENTS"],
     "replay, teacher, EWC": ["--data=SET", "--init_from=FIRST", "--replay=OLD", "--replay_frac=0.3",
                              "--distill_from=FIRST", "--ewc=10", *MASKED],
-    "SCT": ["--data=SET", "--init_from=FIRST", "--loss=consistency", "--ref_batch=9", *MASKED],
-    "segments": ["--data=SET", "--init_from=FIRST", "--loss=consistency", "--cm_segments=2"]}
+    "SCT": ["--data=SET", "--init_from=FIRST", "--loss=consistency", "--ref_batch=9", *MASKED]}
 BUGS = {  # what is wrong: (a run, a file, the right text, the wrong one)
     "noise by a generator of the CPU": ("masked", "train.py", "seeded(cfg.seed, 2, step, device=self.device)",
                                         "seeded(cfg.seed, 2, step)"),
@@ -46,8 +45,8 @@ BUGS = {  # what is wrong: (a run, a file, the right text, the wrong one)
     "the flag to stop is elsewhere": ("masked", "train.py", "torch.full_like(loss, len(caught) > 0)",
                                       "torch.full((), float(len(caught) > 0))"),
     "the validation set stays": ("masked", "train.py", "t[i : i + size].to(device)", "t[i : i + size]"),
-    "edges of the segments stay": ("segments", "model.py", ".to(t, non_blocking=True)", ".to(t.dtype)"),
-    "the copy of the edges waits": ("segments", "model.py", ".to(t, non_blocking=True)", ".to(t)"),
+    "an anchor comes late": ("replay, teacher, EWC", "train.py", "(p.detach() - anchor) * strength",
+                             "(p.detach() - anchor.cpu()) * strength"),
     "the posterior's blank is elsewhere": ("SCT", "model.py", "x.new_zeros(len(x), *references.shape[1:])",
                                            "torch.zeros(len(x), *references.shape[1:])"),
     "the scale of latents stays": ("latents", "model.py", "torch.tensor(latent).to(data.device, non_blocking=True)",

@@ -125,14 +125,6 @@ def test_the_state_of_the_sampler_loses_nothing_between_far_noise_levels(monkeyp
     assert np.abs(images[0] - exact.numpy()).max() < 1e-5  # a state in float32: 2e-3
 
 
-def test_the_settings_of_the_stochastic_sampler_are_a_flag(tmp_path):
-    ckpt = make_checkpoint(tmp_path / "ft.pt")
-    heun, still, stirred = (draw(ckpt, tmp_path / f"{i}.npz", "--num=2", "--steps=4", *flags)["arr_0"]
-                            for i, flags in enumerate((["--sampler=heun"], ["--sampler=churn", "--churn=0,0.05,50,1"],
-                                                       ["--sampler=churn", "--churn=9,0.05,50,1"])))
-    assert np.array_equal(heun, still) and not np.array_equal(heun, stirred)
-
-
 def test_one_consistency_step_is_one_evaluation_at_sigma_max():
     x = torch.randn(8, dtype=torch.float64)
     out = sample.sample_loop(exact_denoiser, x, sampler_levels(1), "consistency")
@@ -170,17 +162,6 @@ def test_guidance_is_the_stated_combination_and_skips_unused_branches():
     assert net.evaluated == [6, 6]
     assert torch.allclose(sample.guided(net, labels, 3)(x, 0.8), d_null + 3 * (d_label - d_null))
     assert net.evaluated == [6, 6, 12]
-
-
-def test_guidance_outside_its_interval_is_the_conditional_model():
-    net = TwoGaussians()
-    x, labels = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 0, 1])
-    limited, plain, full = (sample.guided(net, labels, scale, interval)
-                            for scale, interval in ((3, (0.5, 2)), (1, (0, math.inf)), (3, (0, math.inf))))
-    for sigma, same in ((0.5, plain), (0.51, full), (2.0, full), (2.01, plain)):
-        net.evaluated.clear()
-        assert torch.equal(limited(x, sigma), same(x, sigma))
-        assert net.evaluated == [6, 6] if same is plain else [12, 12]
 
 
 @pytest.mark.parametrize("scale", [0, 1, 2, 4])

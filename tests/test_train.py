@@ -21,7 +21,7 @@ import model
 import sample
 import train
 from model import Denoiser, ModelConfig, load_checkpoint, patchify, reconstruction_loss
-from prepare_data import Images
+from model import Images
 
 CPU = torch.device("cpu")
 
@@ -395,7 +395,7 @@ def test_two_optimizers_of_different_kinds_resume_exactly(dataset, tmp_path, mon
 
 
 class InMemory:
-    """Stands in for prepare_data.Images: no folder, no arrays on disk, read by patchify."""
+    """Stands in for model.Images: no folder, no arrays on disk, read by patchify."""
 
     def __init__(self, sets, split="train", patch_size=1, class_names=()):
         self.pixels, self.labels = SETS[sets, split]
@@ -585,7 +585,7 @@ def test_masked_runs_with_a_decoder_or_a_route_learn_go_on_and_are_sampled(label
     before, after = (load_checkpoint(str(tmp_path / f"{n}.pt"))["architecture"] for n in ("pt", "ft"))
     assert before == after and after["num_classes"] == 3
     sample.main(["--ckpt", f"{tmp_path}/ft.pt", "--out", f"{tmp_path}/x.npz", "--steps=2", "--num=4",
-                 "--cfg_scale=2", "--cfg_interval=0.1,10"])
+                 "--cfg_scale=2"])
     assert np.load(tmp_path / "x.npz")["arr_0"].shape == (4, 16, 16, 3)
 
 

@@ -103,7 +103,7 @@ def random_set(folder, n, size, channels=3, patch_size=4):
     images.flush()
     meta = dict(num_train=n, size=size, channels=channels, dtype="uint8", class_names=None, hash="bench")
     Path(folder, "meta.json").write_text(json.dumps(meta))
-    return prepare_data.Images(folder, "train", patch_size)
+    return model.Images(folder, "train", patch_size)
 
 
 def settings(**changes):
@@ -278,7 +278,7 @@ def steps(case):
 
 def tuning(case):
     """What the reference images of SCT cost: reading them, their mean, and the whole step."""
-    config = model.ModelConfig(image_size=case["size"], cm_segments=1, **model.PRESETS["demo"])
+    config = model.ModelConfig(image_size=case["size"], consistency=True, **model.PRESETS["demo"])
     cfg = settings(batch_size=case["batch"], loss="consistency", steps=8, cm_stages=8, ref_batch=case["references"])
     denoiser = model.Denoiser(config).to(DEVICE)
     dtype = torch.float32  # pairs this close are too close for bfloat16

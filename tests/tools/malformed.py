@@ -47,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import ROOT, TINY, make_dataset
 
 import fid
+import model
 import prepare_data
 import sample
 import train
@@ -91,7 +92,7 @@ def check_output(path):
         assert stored["sigma"].shape == 2 * stored["mu"].shape and stored["n"] != 1  # 0: not known
         assert np.isfinite(stored["sigma"]).all()
     else:
-        sets = [prepare_data.Images(path, split) for split in ("train", "val")]
+        sets = [model.Images(path, split) for split in ("train", "val")]
         named = ["train_labels.npy", "val_labels.npy"] * bool(sets[0].meta["class_names"])
         assert set(os.listdir(path)) == {"train.npy", "val.npy", "meta.json", *named}
         assert all(len(x) and (x.labels >= 0).all() >= bool(named) for x in sets)
