@@ -100,8 +100,8 @@ def open_source(src, stack, labels=None, size=64, seed=0, class_from="first", pl
         return file_source(list_files(src, stack, place), class_from, seed)
     except Exception as error:  # noqa: BLE001 (a damaged archive can raise nearly anything)
         cut = isinstance(error, (zipfile.BadZipFile, tarfile.TarError, EOFError))
-        sys.exit(f"cannot read {src} ({error!r:.300})" + (": is the file complete?" if cut else
-                 f"; what must be unpacked goes to {place}"))
+        where = f", unpacking to {place}" if isinstance(error, OSError) else ""
+        sys.exit(f"cannot read {src}{where} ({error!r:.300})" + ": is the file complete?" * cut)
 
 def list_files(src, stack, place):
     """-> {name: a function that opens it} of all files in a folder or an archive."""

@@ -384,6 +384,48 @@ def test_figures_do_not_depend_on_batch_size_order_or_processes(measure, net, tm
         assert result["kid"] == pytest.approx(found[0]["kid"], rel=1e-5)
 
 
+def test_a_reference_batch_counts_by_its_statistics_for_fid_and_by_its_images_for_the_rest(measure, net, tmp_path):
+    x, y = images(40, seed=1), images(30, seed=2)
+    rng = np.random.default_rng(0)
+    mu, a = rng.standard_normal(features(x).shape[1]), rng.standard_normal((features(x).shape[1],) * 2)
+    sigma = a @ a.T
+    np.savez(tmp_path / "adm.npz", arr_0=x, mu=mu, sigma=sigma, arr_1=np.zeros(40, int))
+    other = npz(tmp_path / "b.npz", y)
+    found = measure(tmp_path / "adm.npz", other, "--features", net, "--metrics=fid,kid,pr", "--kid_size=20")
+    fy = features(y)
+    exact = np.sum((mu - fy.mean(0)) ** 2) + np.trace(sigma + np.cov(fy.T)) - 2 * np.trace(
+        scipy.linalg.sqrtm(sigma @ np.cov(fy.T)).real)
+    assert found["fd"] == pytest.approx(exact, rel=1e-4)
+    plain = measure(npz(tmp_path / "a.npz", x), other, "--features", net, "--metrics=fid,kid,pr", "--kid_size=20")
+    for name in ("kid", "precision", "recall"):
+        assert found[name] == pytest.approx(plain[name], rel=1e-6)
+    assert found["fd"] != pytest.approx(plain["fd"], rel=0.1)
+    assert "statistics for FID, images for KID" in found["a"]["kind"] and found["a"]["n"] == 40
+    alone = measure(tmp_path / "adm.npz", other, "--features", net)
+    assert alone["fd"] == found["fd"]
+
+
+def test_images_of_two_sizes_are_compared_with_a_warning(measure, net, tmp_path):
+    a, b = npz(tmp_path / "a.npz", images(9)), npz(tmp_path / "b.npz", images(9).repeat(2, 1).repeat(2, 2))
+    assert any("different sizes" in w for w in measure(a, b, "--features", net)["warnings"])
+    assert not any("different sizes" in w for w in measure(a, a, "--features", net)["warnings"])
+
+
+def test_fewer_images_of_a_source_are_evenly_spaced(measure, net, tmp_path):
+    x = images(12)
+    sources = [folder(tmp_path / "tree", x), npz(tmp_path / "x.npz", x)]
+    for source in sources:
+        result = measure(npz(tmp_path / "some.npz", x[::4]), source, "--features", net, "--num=3")
+        assert abs(result["fd"]) < 1e-6 and result["b"]["n"] == 3
+
+
+def test_an_unreadable_file_is_told_before_any_feature_is_computed(net, tmp_path, monkeypatch):
+    source = folder(tmp_path / "tree", images(9))
+    (tmp_path / "tree/0008.png").write_bytes(b"no image")
+    monkeypatch.setattr(fid, "measure", lambda *args: pytest.fail("the pass began"))
+    assert "0008.png" in mistake(fid.main, source, source, "--features", net, "--device=cpu")
+
+
 def test_every_kind_of_source_gives_the_same_features(measure, net, tmp_path):
     data = make_dataset(tmp_path / "set", n=12)
     x = np.load(data / "train.npy")

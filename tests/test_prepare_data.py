@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import posixpath
+import shutil
 import signal
 import stat
 import subprocess
@@ -14,6 +15,7 @@ import tarfile
 import time
 import tracemalloc
 import zipfile
+from argparse import Namespace
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -254,6 +256,208 @@ def test_generated_images_become_a_data_set(tmp_path):
     np.save(tmp_path / "grey.npy", images[..., :1])
     grey = open_folder(prepare(tmp_path / "grey.npy", tmp_path / "grey", "--channels=1"))[0]
     assert grey.shape == (6, 16, 16, 1)
+
+
+# ---- Layouts that people bring, each with others of its kind.
+
+
+def images_of(*names):
+    return {name: png(noise(i)) for i, name in enumerate(names)}
+
+
+def classes_of(tmp_path, files, *flags, capsys=None):
+    """-> class names, {class: training images}, validation images of each class, what was printed."""
+    src = zipped(tmp_path / f"{len(list(tmp_path.iterdir()))}.zip", files)
+    out = prepare(src, tmp_path / f"{src.stem}-out", "--size=8", "--val_frac=0.01", *flags)
+    (x, y, meta), (x_val, y_val, _) = (open_folder(out, s) for s in SPLITS)
+    names = meta["class_names"]
+    where = {prepare_data.to_pixels(io.BytesIO(data), 8, 3, "crop", "white").tobytes(): name
+             for name, data in files.items() if name.endswith("png")}
+    found = [{(where[image.tobytes()], names and (names[label] if label >= 0 else None)) for image, label in zip(*part)}
+             for part in ((x, y), (x_val, y_val))]
+    return names, *found, capsys.readouterr().err if capsys else ""
+
+
+@pytest.mark.parametrize("train, val, test", [("train", "val", "test"), ("Train", "Valid", "Test"),
+                                              ("training", "validation", "testing"), ("train2017", "val2017", "test2017"),
+                                              ("train_set", "val_set", "test-images")])
+def test_splits_are_no_classes_and_what_is_held_out_stays_so(tmp_path, capsys, train, val, test):
+    files = images_of(*(f"{train}/{c}/images/{i}.png" for c in "ab" for i in range(3)), f"{val}/a/images/0.png",
+                      f"{val}/b/images/0.png", f"{test}/images/0.png")
+    for wrap in ("", "top/deep/"):
+        names, kept, held, said = classes_of(tmp_path, {wrap + name: data for name, data in files.items()}, capsys=capsys)
+        assert names == ["a", "b"] and "'test images': 1" in said and "{'a': 3, 'b': 3}" in said
+        assert {wrap + f"{train}/{c}/images/{i}.png" for c in "ab" for i in range(3)} == {name for name, _ in kept}
+        assert {(name.split("/")[-3], c) for name, c in kept | held} == {("a", "a"), ("b", "b")} and len(held) == 2
+
+
+def test_a_val_without_classes_beside_a_train_with_classes_is_left_out(tmp_path, capsys):
+    tiny = images_of(*(f"tiny/train/n{c}/images/n{c}_{i}.png" for c in (1, 2) for i in range(3)),
+                     "tiny/val/images/0.png", "tiny/val/images/1.png", "tiny/test/images/0.png")  # Tiny ImageNet
+    tiny["tiny/val/val_annotations.txt"] = b"0.png n1"
+    names, kept, held, said = classes_of(tmp_path, tiny, capsys=capsys)
+    assert names == ["n1", "n2"] and "'val images': 2" in said and "'.txt': 1" in said
+    assert not any("val/" in name or "test/" in name for name, _ in kept | held)
+    unlabelled = images_of(*(f"train/{i}.png" for i in range(4)), "val/0.png", "val/1.png")
+    names, kept, held, _ = classes_of(tmp_path, unlabelled)
+    assert names is None and {name for name, _ in held} == {"val/0.png", "val/1.png"} and len(kept) == 4
+
+
+def test_strays_beside_class_folders_make_no_class(tmp_path, capsys):
+    files = images_of(*(f"{c}/{i}.png" for c in "ab" for i in range(4)), "logo.png")
+    files |= {"LICENSE": b"text", "devkit/x.mat": b"\0", "photo.HEIC": b"\0"}
+    names, kept, held, said = classes_of(tmp_path, files, capsys=capsys)
+    assert names == ["a", "b"] and not any("logo" in name for name, _ in kept | held)
+    assert all(word in said for word in ("'no suffix': 1", "'.mat': 1", "'.heic': 1", "'train images': 1"))
+    # Where most images lie beside the folders these are no classes.
+    names, kept, held, _ = classes_of(tmp_path, images_of(*(f"{i}.png" for i in range(9)), "a/0.png", "b/0.png"))
+    assert names is None and len(kept | held) == 11
+    # One folder beside others' images is no class either, and files without a suffix are read where there are no others.
+    assert classes_of(tmp_path, images_of("img_align/img_align/1.png", "img_align/img_align/2.png"))[0] is None
+    bare = zipped(tmp_path / "bare.zip", {f"{c}/{i}": png(noise(i)) for c in "ab" for i in range(3)})
+    assert open_folder(prepare(bare, tmp_path / "bare"))[2]["class_names"] == ["a", "b"]
+    assert "'.heic': 2" in refused(zipped(tmp_path / "heic.zip", {"1.HEIC": b"", "2.heic": b""}), "--out", tmp_path / "x")
+
+
+def test_the_class_is_the_first_folder_or_if_asked_the_last(tmp_path):
+    files = images_of(*(f"{kind}/{breed}/{i}.png" for kind, breed in (("cat", "manx"), ("cat", "burma"), ("dog", "pug"))
+                        for i in range(2)))
+    assert classes_of(tmp_path, files)[0] == ["cat", "dog"]
+    assert classes_of(tmp_path, files, "--class_from=last")[0] == ["burma", "manx", "pug"]
+
+
+def test_classes_that_are_numbers_sort_as_numbers_and_mean_the_same_in_an_array(tmp_path):
+    src = zipped(tmp_path / "n.zip", images_of(*(f"{c}/{i}.png" for c in range(12) for i in range(2))))
+    folder = prepare(src, tmp_path / "folder", "--size=12")
+    np.savez(tmp_path / "n.npz", np.stack([noise(i) for i in range(24)]), np.repeat(np.arange(12), 2))
+    array = prepare(tmp_path / "n.npz", tmp_path / "array")
+    both = Images(f"{folder},{array}")
+    assert both.meta["class_names"] == [str(i) for i in range(12)]
+    sizes = [len(open_folder(f)[1]) for f in (folder, array)]
+    assert np.array_equal(both.labels, np.concatenate([open_folder(f)[1] for f in (folder, array)])) and len(sizes) == 2
+
+
+def test_a_class_folder_may_be_a_link(tmp_path):
+    tree(tmp_path / "set", images_of("a/0.png", "a/1.png", "b/0.png", "b/1.png"))
+    tree(tmp_path / "elsewhere", images_of("c/0.png", "c/1.png"))
+    (tmp_path / "set/c").symlink_to(tmp_path / "elsewhere/c")
+    assert open_folder(prepare(tmp_path / "set", tmp_path / "out"))[2]["class_names"] == ["a", "b", "c"]
+
+
+def test_many_classes_of_one_image_are_told(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "x.npz", rng.integers(0, 256, (1101, 2, 2, 3), np.uint8), np.arange(1101))
+    prepare(tmp_path / "x.npz", tmp_path / "out")
+    assert "one image each" in capsys.readouterr().err
+
+
+def test_webdataset_tars_have_a_class_beside_each_image(tmp_path):
+    files = {}
+    for i in range(9):
+        files |= {f"{i:06d}.png": png(noise(i)), f"{i:06d}.cls": f"{i % 3 + 9}\n".encode(), f"{i:06d}.json": b"{}"}
+    images, labels, meta = open_folder(prepare(tarred(tmp_path / "shard.tar", files), tmp_path / "out", "--size=12"))
+    assert meta["class_names"] == ["9", "10", "11"]
+    number = {noise(i).tobytes(): i % 3 for i in range(9)}
+    assert [number[x.tobytes()] for x in images] == labels.tolist()
+
+
+@pytest.mark.parametrize("labels", [list, dict])
+def test_latents_one_a_file_are_read_and_drawn_from_their_mean_and_deviation(tmp_path, labels):
+    names = [f"00000/img-mean-std-{i:08d}.npy" for i in range(40)]
+    rows = [[name, i % 3] for i, name in enumerate(names)]
+    (tmp_path / "edm2/00000").mkdir(parents=True)
+    for i, name in enumerate(names):
+        np.save(tmp_path / "edm2" / name, np.concatenate([np.full((4, 8, 8), i), np.full((4, 8, 8), 0.5)]).astype(np.float32))
+    (tmp_path / "edm2/dataset.json").write_text(json.dumps({"labels": labels(rows)}))
+    images, found, meta = open_folder(prepare(tmp_path / "edm2", tmp_path / "out"))
+    assert images.shape[1:] == (8, 8, 4) and images.dtype == np.float32 and meta["class_names"] == ["0", "1", "2"]
+    number = images.mean((1, 2, 3)).round()  # the mean says which, the spread that it was drawn
+    assert np.array_equal(number % 3, found) and abs((images - number[:, None, None, None]).std() - 0.5) < 0.02
+    again = open_folder(prepare(tmp_path / "edm2", tmp_path / "again"))[0]
+    assert np.array_equal(images, again)
+    (tmp_path / "plain").mkdir()
+    for i in range(4):  # without a deviation they are what they are
+        np.save(tmp_path / f"plain/{i}.npy", np.full((4, 8, 8), i, np.float16))
+    plain = open_folder(prepare(tmp_path / "plain", tmp_path / "plain_out"))[0]
+    assert sorted({*plain.ravel()}) in ([0, 1, 2], [1, 2, 3], [0, 2, 3], [0, 1, 3])
+
+
+def test_cifar_100_has_fine_classes_and_its_test_file_is_held_out(tmp_path):
+    files, pixels = {"meta": pickle.dumps({"fine_label_names": [f"c{i}" for i in range(100)]}, 2)}, {}
+    for split, n in ("train", 100), ("test", 50):
+        pixels[split] = noise(n, n, 3 * 32 * 32, 1)[..., 0]
+        files[split] = pickle.dumps(dict(data=pixels[split], fine_labels=[*range(n)], coarse_labels=[0] * n), 2)
+    src = tarred(tmp_path / "cifar-100-python.tar.gz", {f"cifar-100-python/{n}": d for n, d in files.items()}, "w:gz")
+    out = prepare(src, tmp_path / "out")
+    (x, y, meta), (x_val, y_val, _) = (open_folder(out, s) for s in SPLITS)
+    assert meta["class_names"] == [f"c{i}" for i in range(100)] and (len(x), len(x_val)) == (100, 50)
+    for images, labels, split in (x, y, "train"), (x_val, y_val, "test"):
+        assert np.array_equal(images, pixels[split].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)[labels])
+
+
+@pytest.mark.parametrize("names", [("x_train", "y_train", "x_test", "y_test"), ("images", "labels"), ("x", "y"),
+                                   ("train_images", "train_labels", "val_images", "val_labels"), ("arr_0", "arr_1")])
+@pytest.mark.parametrize("shape", [(28, 28), (28, 28, 1), (28, 28, 3)])
+def test_arrays_of_several_names_and_grey_ones_are_read(tmp_path, names, shape):
+    rng, kept = np.random.default_rng(0), {}
+    for (images, labels), n in zip((names[:2], names[2:]), (30, 10)):
+        kept |= {images: rng.integers(0, 256, (n, *shape), np.uint8), labels: np.arange(n).reshape(-1, 1) % 10} \
+            if images else {}
+        if len(names) == 2:
+            break
+    np.savez(tmp_path / "a.npz", **kept)
+    out = prepare(tmp_path / "a.npz", tmp_path / "out")
+    (x, y, meta), (x_val, y_val, _) = (open_folder(out, s) for s in SPLITS)
+    assert x.shape[1:] == (28, 28, shape[2] if len(shape) == 3 else 1) and meta["class_names"] == [*"0123456789"]
+    stored = {a.tobytes(): i % 10 for i, a in enumerate(kept[names[0]])}
+    assert all(stored[a.tobytes()] == label for a, label in zip(x, y))
+    if len(names) == 4:
+        assert len(x) == 30 and np.array_equal(x_val.squeeze(), kept[names[2]].squeeze()) and y_val.tolist() == [*range(10)]
+
+
+def test_an_archive_of_other_arrays_names_them(tmp_path):
+    np.savez(tmp_path / "a.npz", moments=np.zeros((3, 3)))
+    assert "moments" in refused(tmp_path / "a.npz", "--out", tmp_path / "out")
+
+
+def test_no_more_than_ten_thousand_images_are_held_out_and_never_the_last_of_a_class():
+    many = prepare_data.Source(range(300_000), None)
+    parts = prepare_data.split(many, None, None, 0.05, 0)
+    assert len(parts["val"]) == 10_000 and len(parts["train"]) == 290_000
+    few = prepare_data.Source(range(6), None, [*"aabbbc"])
+    for seed in range(20):
+        parts = prepare_data.split(few, None, None, 0.5, seed)
+        assert {few.classes[i] for i in parts["train"]} == {*"abc"} and not {*parts["train"]} & {*parts["val"]}
+
+
+def test_incomplete_is_said_of_incomplete_files_alone(tmp_path):
+    whole = zipped(tmp_path / "whole.zip", images_of("1.png", "2.png")).read_bytes()
+    (tmp_path / "cut.zip").write_bytes(whole[:-30])
+    assert "complete?" in refused(tmp_path / "cut.zip", "--out", tmp_path / "out")
+    np.savez(tmp_path / "a.npz", moments=np.zeros((3, 3)))
+    assert "complete?" not in refused(tmp_path / "a.npz", "--out", tmp_path / "out")
+    broken = zipped(tmp_path / "json.zip", images_of("1.png") | {"dataset.json": b"{}"})
+    assert "complete?" not in refused(broken, "--out", tmp_path / "out")
+
+
+def test_a_full_disk_is_told_before_the_work_and_names_the_folder(tmp_path, monkeypatch):
+    src = tree(tmp_path / "src", images_of("1.png", "2.png"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Namespace(free=1000))
+    assert "no room" in refused(src, "--out", tmp_path / "out") and not (tmp_path / "out").exists()
+    monkeypatch.undo()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "extractall", full)
+    said = refused(tarred(tmp_path / "a.tar", images_of("1.png")), "--out", tmp_path / "out")
+    assert "No space left" in said and str(tmp_path) in said
+
+
+def test_a_comma_in_the_name_of_a_set_is_refused(tmp_path):
+    src = tree(tmp_path / "cats, dogs", images_of("1.png", "2.png"))
+    assert "comma" in refused(src, "--out", tmp_path / "cats, dogs, too")
+    prepare(src, tmp_path / "pets")  # where it comes from may have one
 
 
 # ---- Classes, and subsets of a prepared folder.

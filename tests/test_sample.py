@@ -7,7 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from conftest import mistake, run, save_checkpoint, TINY
+from conftest import make_dataset, mistake, run, save_checkpoint, TINY
 from PIL import Image
 from scipy.integrate import solve_ivp
 
@@ -246,6 +246,25 @@ def test_a_grid_shows_every_image_with_a_gap(tmp_path):
     shown = np.asarray(Image.open(tmp_path / "latents.png"))[1:9, 1:9]
     expected = (latents[0, :3].transpose(1, 2, 0) + 3) / 12 * 255  # the first three channels as RGB
     assert np.abs(shown - expected).max() <= 1
+
+
+def test_labels_can_have_the_shares_of_the_training_data(tmp_path, capsys):
+    data = make_dataset(tmp_path / "set", n=40, classes=3)
+    np.save(data / "train_labels.npy", np.repeat([0, 1, 2], [20, 12, 8]))
+    ckpt = make_checkpoint(tmp_path / "ft.pt", classes=3)
+    state = torch.load(ckpt, weights_only=True)
+    names = json.loads((data / "meta.json").read_text())["class_names"]
+    save_checkpoint(str(ckpt), state | dict(config=dict(data=str(data)), class_names=names))
+    drawn = draw(ckpt, tmp_path / "x.npz", "--num=10", "--steps=1", "--labels=data")
+    assert np.bincount(drawn["arr_1"]).tolist() == [5, 3, 2] and "of classes data" in capsys.readouterr().err
+    assert np.bincount(draw(ckpt, tmp_path / "y.npz", "--num=9", "--steps=1")["arr_1"]).tolist() == [3, 3, 3]
+    assert "0: 'class 0'" in capsys.readouterr().err  # which number is which
+
+
+@pytest.mark.parametrize("name, kind", [("g.jpg", "JPEG"), ("G.PNG", "PNG"), ("g.webp", "WEBP")])
+def test_a_name_of_a_picture_gives_a_picture(tmp_path, name, kind):
+    sample.main(["--ckpt", str(make_checkpoint(tmp_path / "ft.pt")), "--num=2", "--steps=1", "--out", f"{tmp_path}/{name}"])
+    assert Image.open(tmp_path / name).format == kind
 
 
 def test_labels_are_names_or_numbers(tmp_path):
