@@ -91,11 +91,10 @@ def open_source(src, stack, labels=None, size=64, seed=0, class_from="first", pl
         if os.path.exists(os.path.join(src, "meta.json")):  # a prepared set
             (x, y, meta), (x_val, y_val, _) = open_folder(src), open_folder(src, "val")
             names = dict(y=y, y_val=y_val, class_names=meta["class_names"])
-            return array_source(dict(x=x, x_val=x_val) | (names if meta["class_names"] else {}), 3)
+            return array_source(dict(x=x, x_val=x_val) | (names if meta["class_names"] else {}))
         if src.lower().endswith((".npy", ".npz")):
             file = np.load(src, mmap_mode="r")  # an .npz: whole arrays, when they are asked for
-            file = {"arr_0": file} if isinstance(file, np.ndarray) else {**file}
-            return array_source(file | ({"arr_1": np.load(labels)} if labels else {}))
+            return array_source({"x": file} if isinstance(file, np.ndarray) else file, 1, labels)
         place = place or stack.enter_context(TemporaryDirectory())
         return file_source(list_files(src, stack, place), class_from, seed)
     except Exception as error:  # noqa: BLE001 (a damaged archive can raise nearly anything)
@@ -112,8 +111,8 @@ def list_files(src, stack, place):
                 for info in archive.infolist() if not info.is_dir()}
     if os.path.isfile(src):
         with tarfile.open(src) as archive:
-            archive.extractall(place, filter="data")
-        src = place
+            src = os.path.join(place, "tar")
+            archive.extractall(src, filter="data")
     found, todo = {}, [(src, ())]
     while todo:
         path, above = todo.pop()
@@ -206,9 +205,9 @@ def cifar_source(files, fine):
 ARRAYS = ("arr_0 x_train train_images images x data", "arr_1 y_train train_labels labels y label",
           "x_val val_images x_test test_images", "y_val val_labels y_test test_labels")
 
-def array_source(file, latent_axis=1):
-    """A mapping of arrays: images uint8 (N,H,W,C) or (N,H,W), or latents float (N,C,S,S), classes
-    (N,), the same of images to be held out, and class_names."""
+def array_source(file, latent_axis=3, labels=None):
+    """A mapping of arrays: images uint8 (N,H,W,C) or (N,H,W), or latents float, whose channels are
+    the axis `latent_axis`, classes (N,), the same of images to be held out, and class_names."""
     x, y, x_val, y_val = (next((file[name] for name in row.split() if name in file), None)
                           for row in ARRAYS)
     if x is None:
@@ -222,6 +221,7 @@ def array_source(file, latent_axis=1):
                              "(N,C,S,S) for latents")
     n, total, shape = len(arrays[0]), sum(map(len, arrays)), arrays[0].shape
     names, classes = np.asarray(file.get("class_names", ())).tolist(), None
+    y = np.load(labels) if labels else y
     if y is not None:
         y = np.concatenate([part.reshape(-1) for part in (y, y_val) if part is not None])
         if len(y) != total or y.dtype.kind not in "iu" or y.min() < -1:
@@ -362,7 +362,7 @@ def main(argv=None):
     out = os.path.realpath(shown)  # behind a link, the folder itself is replaced
     inside = {*os.listdir(out)} if os.path.exists(out) else set()
     known = re.fullmatch("((train|val)(_labels)?.npy|meta.json|preview.png| )*", " ".join(inside))
-    need("," not in out, f"{shown}: a comma separates data sets in train.py, name another --out")
+    need("," not in shown, f"{shown}: a comma separates data sets in train.py, name another --out")
     need(not inside or a.force and known, f"{shown} is there already: name another --out, or give "
          "--force, which replaces a data set (but no folder that holds anything else)")
     os.makedirs(os.path.dirname(out), exist_ok=True)
