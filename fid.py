@@ -38,7 +38,7 @@ from prepare_data import need
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-SIGMA_MIN = 0.0013  # of bits/dim: the decoder costs 0.01 bit; at the sampler's 0.002 it were 0.19
+SIGMA_MIN = 0.0013  # of bits/dim: the decoder costs 0.01 bit; at the sampler's 0.002 0.19
 LABELS = {"fid": "FID", "random_fd": "random-feature FD", "fd": "FD in TorchScript features"}
 
 # ---- Inception v3, the 2015-12-05 graph of the FID paper. Keys are those of the public weight file
@@ -165,7 +165,7 @@ def open_source(path, args, stack):
         s.mu, s.sigma = np.float64(stored["mu"]), np.float64(stored["sigma"])
         need(s.sigma.shape == 2 * s.mu.shape, f"{path}: mu {s.mu.shape}, sigma {s.sigma.shape}")
         s.about, s.n = dict(kind="statistics"), int(stored.get("n", 0))
-        s.net = str(stored.get("net", ""))
+        s.net = str(stored.get("net", "fid unknown" if args.features == "random" else ""))
         if "arr_0" in stored:  # ADM's reference batches: statistics of a whole set, some images
             s.n, s.images = len(stored["arr_0"]), lambda n: map(stored["arr_0"].__getitem__, n)
             s.about = dict(kind="statistics for FID, images for KID, precision and recall")
@@ -219,7 +219,7 @@ def measure(s, net, args):
     need(total and total[0] >= 2 + 2 * args.keep, f"{s.path}: FID needs 2 images or more, pr 4")
     if s.mu is None:
         s.mu, s.sigma = total[1].numpy(), (total[2] / (total[0] - 1)).numpy()
-    s.n, s.net, sizes = total[0], net.identity, set().union(*(part[2] for part in parts))
+    s.n, s.net, sizes = total[0], s.net or net.identity, set().union(*(p[2] for p in parts))
     s.sizes = ", ".join(sorted(sizes))
     s.features = torch.empty(s.n, len(s.mu)) if args.keep else None
     for r in range(world if args.keep else 0):
@@ -291,12 +291,12 @@ def bound(denoise, values, generator, bins=10):
     decoded = torch.stack([decoder_nats(z[i], values[i]).sum() for i in range(b)])
     return (nats + decoded) / (math.log(2) * size), torch.stack(losses, dim=1)
 
-def bits_per_dim(sets, path, args, limit=512):
+def bits_per_dim(sets, path, args):
     """{set: losses by noise level, bits per dimension and their standard error} of a checkpoint, on
     the first validation images of prepared sets; prints a line for each."""
     need_noise("edm", "--metrics bpd")
     denoiser, checkpoint = sample.load_denoiser(path, args.ckpt_weights, args.device)
-    c, result = denoiser.config, {}
+    c, result, limit = denoiser.config, {}, args.num or 512
     names = checkpoint["class_names"] if c.num_classes else []
     edges = np.linspace(math.log(SIGMA_MIN), math.log(80.0), 11)
     for name in sets.split(","):

@@ -127,8 +127,7 @@ class Images:
         self.arrays, labels, metas = zip(*opened)  # arrays: memmaps (N, H, W, C)
         kinds = {(meta["size"], meta["channels"], meta["dtype"]) for meta in metas}
         need(len(kinds) == 1, f"{folders} hold {kinds}, which can't be mixed: prepare them alike")
-        names = [*class_names, *(name for meta in metas for name in meta["class_names"] or ())]
-        names = [*dict.fromkeys(names)]
+        names = [*dict.fromkeys([*class_names, *sum((m["class_names"] or [] for m in metas), [])])]
         numbers = [[*map(names.index, meta["class_names"] or ()), -1] for meta in metas]
         self.labels = np.concatenate([np.array(n)[own] for n, own in zip(numbers, labels)])
         self.meta = metas[0] | dict(class_names=names or None)
@@ -288,7 +287,7 @@ class DiT(nn.Module):
 
 # ---- The noise model, EDM: all that knows how noise is added. Another one changes this section.
 NOISE = "edm"  # checkpoints say with which they were trained
-SIGMA_DATA = 0.5  # standard deviation of the data, which are normalised to it
+SIGMA_DATA = 0.5  # standard deviation of the data; latents are normalised to it
 P_MEAN, P_STD = -1.2, 1.2  # of ln sigma in training (EDM table 1)
 
 def need_noise(kind, feature):
@@ -455,7 +454,8 @@ def replace_file(path, write, keep=None):
             f.flush()
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:
-        os.path.exists(f"{path}.tmp") and os.remove(f"{path}.tmp")
+        if os.path.exists(f"{path}.tmp"):
+            os.remove(f"{path}.tmp")
         need(False, f"{path} could not be written ({e}); what was there is whole: make room, go on")
     if keep and os.path.exists(path):
         os.replace(path, keep)
@@ -471,7 +471,7 @@ def load_checkpoint(path):
         stored, known = checkpoint["architecture"], {f.name for f in fields(ModelConfig)}
         if stored.get("sigma_data", SIGMA_DATA) != SIGMA_DATA:
             raise ValueError("a model of latents that were not normalised")
-        stored.setdefault("consistency", bool(stored.get("cm_segments")))
+        stored.setdefault("consistency", bool(stored.get("cm_segments")))  # its older name
         checkpoint["architecture"] = {k: v for k, v in stored.items() if k in known}
     except Exception as e:  # the file's bytes decide which
         need(False, f"{path} is no whole checkpoint of train.py ({e!r:.200})")
@@ -482,7 +482,7 @@ def load_what_fits(denoiser, weights):
     """Load weights by name where the shapes agree; returns the names of those that begin afresh.
     Of the label embedding the rows of `weights` come first, and its last row stays the last."""
     mine, labels = denoiser.state_dict(), "net.labels.weight"
-    if labels in weights and labels in mine:
+    if labels in weights and labels in mine and weights[labels].shape[1] == mine[labels].shape[1]:
         table, old = mine[labels].clone(), weights[labels]
         table[: len(old) - 1], table[-1] = old[:-1], old[-1]
         weights = weights | {labels: table}

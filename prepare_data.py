@@ -120,7 +120,7 @@ def list_files(src, stack, place):
             real = os.path.realpath(path)  # links are followed, but not round in a circle
             inside = [] if real in above else os.listdir(path)
             todo += [(os.path.join(path, name), (*above, real)) for name in inside]
-        elif os.path.isfile(path) or not os.path.exists(path):
+        elif os.path.isfile(path) or not os.path.exists(path):  # a broken link is rejected later
             found[os.path.relpath(path, src).replace(os.sep, "/")] = partial(open, path, "rb")
     return found
 
@@ -153,8 +153,8 @@ def file_source(found, class_from, seed):
         rows = dict(json.load(found[path]())["labels"] or {})
         table = {path[:-12] + name: str(label) for name, label in rows.items()}
     folders = trim([path.split("/")[:-1] for path in names])
-    split = re.compile(r"(train|val|test)(ing|id|idation)?([_-]?(set|data|images)|\d*)", re.I)
-    heads = [split.fullmatch(folder[0]) if folder else None for folder in folders]
+    pattern = re.compile(r"(train|val|test)(ing|id|idation)?([_-]?(set|data|images)|\d*)", re.I)
+    heads = [pattern.fullmatch(folder[0]) if folder else None for folder in folders]
     splits = [head[1].lower() if head else "other" for head in heads]
     if "train" in splits and {"val", "test"} & {*splits}:
         folders = [folder[1:] for folder in folders]

@@ -187,11 +187,11 @@ def pick_device(name, local_rank=0):
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     name = next(d for d in here if here[d]) if name == "auto" else name
     need(here[name], f"--device {name} is not available here: use --device auto")
-    if name == "cpu" and torch.version.cuda and os.path.exists("/proc/driver/nvidia/version"):
+    if torch.version.cuda and not here["cuda"] and os.path.exists("/proc/driver/nvidia/version"):
         print("this machine has a GPU that torch cannot use: is its driver old?", file=sys.stderr)
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    need(name != "cuda" or here <= gpus, f"{here} processes for {gpus} GPUs of this machine: give "
-         f"torchrun --nproc_per_node={gpus}, or --device cpu")
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    need(name != "cuda" or processes <= gpus, f"{processes} processes for {gpus} GPUs of this "
+         f"machine: give torchrun --nproc_per_node={gpus}, or --device cpu")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 def pick_dtype(name, device):
@@ -205,13 +205,13 @@ def add_flags(parser, batch_size):
     """The flags of drawing samples that fid.py has, too; `sampling_settings` reads most of them."""
     add = parser.add
     add("steps", None, "of the sampler; by the kind of model, 18 or 1", type=int)
-    add("sampler", None, "likewise", choices=("heun", "euler", "churn", "consistency"))
+    add("sampler", None, "likewise; churn: 256", choices=("heun", "euler", "churn", "consistency"))
     add("mid_sigma", None, "second noise level of a consistency model", type=float)
     add("cfg_scale", 1.0, "guidance scale, 1 for none")
     add("seed", 0, "of the noise")
     add("batch_size", batch_size, "images at a time")
     add("device", "auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
-    add("dtype", "float32", "of the network", choices=("float32", "bfloat16"))
+    add("dtype", "float32", "of the network; fid.py: Inception", choices=("float32", "bfloat16"))
 
 def sampling_settings(args, denoiser, checkpoint):
     """What `generate` is to be told, from the flags that sample.py and fid.py have in common."""
@@ -276,8 +276,8 @@ def main(argv=None):
         write_all(args.out, batches, args.num, args.batch_size, describe, names, rank, world)
     elif rank == 0:
         made = tqdm(batches(range(args.num)), "sampling", -(-args.num // args.batch_size))
-        few = 1 < len(labels) <= 20  # then a column is of one class, the picture about square
-        columns = few and len(labels) * max(1, round(args.num**0.5 / len(labels)))
+        n = len(labels)  # if few, a column is of one class, and the picture about square
+        columns = n * max(1, round(args.num**0.5 / n)) if 1 < n <= 20 else None
         save_grid(args.out, np.concatenate([images for _, images in made]), columns)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -3,7 +3,7 @@
 python train.py --mask_ratio=0.9                          # stage 1 -> out/pt.pt
 python train.py --init_from=out/pt.pt                     # stage 2 -> out/ft.pt
 python train.py --loss=consistency --init_from=out/ft.pt  # for 1 or 2 steps -> out/cm.pt
-torchrun --nproc_per_node=8 train.py --mask_ratio=0.9     # the same run on 8 GPUs
+torchrun --nproc_per_node=8 train.py --mask_ratio=0.9     # on 8 GPUs, with settings for them
 python train.py --resume                                  # go on after an interruption
 
 Stage 2 is the same loop with everything visible. Every draw of step n, for the global batch, is
@@ -48,14 +48,14 @@ DEFAULTS = {  # (stage, whether on a GPU); on two cores ten minutes for both sta
     ("pt", True): GPU | dict(batch_size=256),
     ("ft", True): GPU | dict(batch_size=128, sample_every=5000),
     ("cm", True): GPU | dict(batch_size=128, sample_every=5000, steps=200_000, lr=1e-4, beta1=0.9,
-                             cm_stages=8, dtype="float32"),
+                             cm_stages=8),
 }
-TUNING = dict(beta1=0.9, weight_decay=0.0, warmup=0, grad_clip=0.0, ema=0.9999, label_dropout=0.0)
+TUNING = dict(beta1=0.9, weight_decay=0.0, warmup=0, grad_clip=0.0, ema=0.9999, label_dropout=0.0,
+              dtype="float32")
 CONSISTENCY = {  # ECT, arXiv 2406.14548, appendix; its networks have dropout, this one has none
     "cifar10": TUNING | dict(p_mean=-1.1, p_std=2.0, optimizer="radam", beta2=0.999),
     "imagenet64": TUNING | dict(p_mean=-0.8, p_std=1.6, cm_q=4.0, cm_c=0.06, cm_weight="edm",
-                                lr=1e-3, lr_schedule="rsqrt", cm_stages=4, dtype="float32",
-                                steps=100_000),
+                                lr=1e-3, lr_schedule="rsqrt", cm_stages=4, steps=100_000),
 }
 ARCHITECTURE = ("dim", "depth", "heads", "patch_size", "decoder_depth", "decoder_dim",
                 "decoder_heads", "route")
@@ -73,7 +73,7 @@ def parse(argv):
     add("mask_ratio_end", None, "share at the end, if another", type=float)
     add("mask_type", "block", "what is hidden: patch, block; crop: all but one square")
     add("block_size", 2, "patches a side of a hidden block")
-    add("preset", "demo", "network size", choices=tuple(PRESETS))
+    add("preset", "demo", "size of a new network", choices=tuple(PRESETS))
     for name in ARCHITECTURE[:-1]:
         add(name, getattr(ModelConfig, name), "as in ModelConfig; overrides the preset")
     add("route", (), "A,B: the blocks A to B - 1 see visible patches only (TREAD)",
@@ -352,7 +352,7 @@ def main(argv=None):
     stream, denoiser, ema, optimizers, step, names = build(
         cfg, source, start, device, rank, world, say)
     config, weights, average = denoiser.config, [*denoiser.parameters()], [*ema.parameters()]
-    weight, start = stream.weight.to(device), None  # whose tensors are not needed any more
+    loss_weight, start = stream.weight.to(device), None  # whose tensors are not needed any more
     pull = pull_of(cfg, denoiser, device, autocast) if cfg.l2 or cfg.ewc else []
     teacher = None
     if cfg.distill_from:
@@ -360,8 +360,8 @@ def main(argv=None):
         classes = (theirs.get("class_names") or []) if cfg.class_cond else []
         kinds = {(c.grid, c.token_dim, c.latent, c.takes_all, c.consistency)
                  for c in (config, teacher.config)}
-        need(cfg.replay and classes == names[: len(classes)] and len(kinds) == 1,
-             f"{cfg.distill_from} is a model of another kind or other classes, or lacks a --replay")
+        need(cfg.replay and cfg.loss == "diffusion" and classes == names[: len(classes)] and
+             len(kinds) == 1, f"{cfg.distill_from} needs --replay, diffusion and a model like this")
     share, values = cfg.batch_size // world, max(stream.visible) * config.dim
     fits = [m for m in range(1, share + 1) if share % m == 0 and m * values <= 2**20]  # cache
     micro = cfg.micro_batch or (max(fits, default=1) if device.type == "cpu" else share)
@@ -459,7 +459,7 @@ def main(argv=None):
                 if teacher:
                     part["target"] = teach(teacher, min(max(stream.n_new - i, 0), micro), **part)
                 model.require_backward_grad_sync = i + micro == share  # DDP: after the last part
-                part_loss = (weight[i : i + micro] * loss_of(model, step, **part)).mean()
+                part_loss = (loss_weight[i : i + micro] * loss_of(model, step, **part)).mean()
                 (part_loss / (share // micro)).backward()
                 loss += part_loss.detach() / (share // micro)
         norm = torch.nn.utils.clip_grad_norm_(weights, cfg.grad_clip or math.inf)

@@ -290,3 +290,4 @@ def test_a_consistency_model_is_no_teacher(tasks, tmp_path):
     assert consistent in mistake(train.main, *base, *TINY, f"--distill_from={consistent}")
     tuning = ["--loss=consistency", f"--init_from={diffusion}", f"--distill_from={diffusion}"]
     assert diffusion in mistake(train.main, *base, *TINY[4:], *tuning)  # nor does its loss know targets
+    assert consistent in mistake(train.main, *base, *TINY[4:], *tuning[:2], f"--distill_from={consistent}")

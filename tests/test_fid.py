@@ -628,6 +628,7 @@ class Bomb:
 def bad_cases(tmp_path, net):
     good = npz(tmp_path / "good.npz", images())
     np.savez(tmp_path / "three.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(tmp_path / "unknown.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     np.savez(tmp_path / "square.npz", mu=np.zeros(3), sigma=np.eye(4))
     np.savez(tmp_path / "nan.npz", mu=np.zeros(12), sigma=np.full((12, 12), np.nan))
     np.savez(tmp_path / "random.npz", mu=np.zeros(12), sigma=np.eye(12), net="random_fd " + 64 * "0", n=9)
@@ -650,6 +651,8 @@ def bad_cases(tmp_path, net):
         "a damaged image": ([good, tmp_path / "damaged", *jit], "0001.png"),
         "other dimensions": ([tmp_path / "three.npz", good, *jit], "differ"),
         "another network": ([tmp_path / "random.npz", good, *jit], "differ"),
+        "statistics of unknown features against random ones": (
+            [tmp_path / "unknown.npz", good, "--features=random"], "differ"),
         "sigma of another size": ([tmp_path / "square.npz", good, *jit], "(3,)"),
         "float images": ([good, tmp_path / "floats.npz", *jit], "floats.npz"),
         "latents": ([good, latents, *jit], "latents"),

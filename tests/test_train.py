@@ -553,6 +553,13 @@ def test_a_model_keeps_the_classes_it_knows_by_name(dataset, tmp_path, capsys, m
     assert load_checkpoint(str(tmp_path / "ft.pt"))["architecture"]["num_classes"] == 0
 
 
+def test_a_model_of_classes_starts_one_of_another_width(labelled, tmp_path, capsys):
+    base = [f"--data={labelled}", f"--out_dir={tmp_path}", "--batch_size=12", "--steps=1", "--class_cond", *TINY[1:]]
+    train.main([*base, "--dim=32", "--mask_ratio=0.5"])
+    train.main([*base, "--dim=48", f"--init_from={tmp_path}/pt.pt"])
+    assert "labels.weight" in capsys.readouterr().err.split("begins afresh")[1]
+
+
 def test_tuning_at_another_size_and_with_another_network_names_what_begins_afresh(dataset, tmp_path, capsys):
     base = [f"--out_dir={tmp_path}", "--batch_size=12", "--steps=1", "--lr=0"]
     train.main(base + TINY[:-2] + [f"--data={dataset}", "--lr=0"])
