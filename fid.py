@@ -43,7 +43,6 @@ LABELS = {"fid": "FID", "random_fd": "random-feature FD", "fd": "FD in TorchScri
 
 # ---- Inception v3, the 2015-12-05 graph of the FID paper. Keys are those of the public weight file
 # (torchvision's names); the pooling is not torchvision's.
-
 avg_pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 max_pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 halve = partial(F.max_pool2d, kernel_size=3, stride=2)
@@ -355,8 +354,8 @@ def main(argv=None):
         sources = [open_source(path, args, stack) for path in (args.a, args.b) if path]
         need(not args.keep or all(s.images for s in sources),
              "kid and pr need images, not statistics: use --metrics fid")
-        need("kid" not in args.metrics or args.kid_size <= min(s.n for s in sources), "KID draws "
-             f"{args.kid_size} images of {[s.n for s in sources]}: give a smaller --kid_size")
+        need("kid" not in args.metrics or 1 < args.kid_size <= min(s.n for s in sources),
+             f"KID draws {args.kid_size} images of {[s.n for s in sources]}: see --kid_size")
         unknown = [s for s in sources if s.mu is None or args.keep]
         net = load_features(args) if unknown else None
         for s in unknown:

@@ -3,8 +3,7 @@
 An image is cut into N patches; training may keep K <= N of them. What the network does, it does on
 K tokens, so hiding nine tenths of the patches makes a step about ten times cheaper. Everything here
 takes `visible`, the (B, K) indices of the kept patches; `visible=None` means the whole image.
-Symbols: B batch, C channels, H = W image side, p patch side, N = (H/p)^2, K visible tokens. README
-lists the papers.
+Symbols: B batch, C channels, H = W image side, p patch side, N = (H/p)^2, K visible tokens.
 """
 
 import math

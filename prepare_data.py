@@ -87,6 +87,7 @@ def open_source(src, stack, labels=None, size=64, seed=0, class_from="first", pl
                       FACE_CLASSES * (NUM_FACES // 4), FACE_CLASSES, size)
     known = os.path.isfile(src) and re.search(r"\.(zip|tgz|tar|tar\.\w+|np[yz])$", src.lower())
     need(known or os.path.isdir(src), f"there is no {src}, or no folder, .zip, .tar, .npy or .npz")
+    need(not labels or known and known[1][:2] == "np", f"--labels is for arrays, and {src} is none")
     try:
         if os.path.exists(os.path.join(src, "meta.json")):  # a prepared set
             (x, y, meta), (x_val, y_val, _) = open_folder(src), open_folder(src, "val")
@@ -99,8 +100,9 @@ def open_source(src, stack, labels=None, size=64, seed=0, class_from="first", pl
         return file_source(list_files(src, stack, place), class_from, seed)
     except Exception as error:  # noqa: BLE001 (a damaged archive can raise nearly anything)
         cut = isinstance(error, (zipfile.BadZipFile, tarfile.TarError, EOFError))
-        where = f", unpacking to {place}" if isinstance(error, OSError) else ""
-        sys.exit(f"cannot read {src}{where} ({error!r:.300})" + ": is the file complete?" * cut)
+        where = f", unpacking to {place}" * (getattr(error, "errno", 0) == 28)  # no space left
+        error = f"{type(error).__name__}: {error}"
+        sys.exit(f"cannot read {src}{where} ({error:.300})" + ": is the file complete?" * cut)
 
 def list_files(src, stack, place):
     """-> {name: a function that opens it} of all files in a folder or an archive."""
@@ -125,15 +127,15 @@ def list_files(src, stack, place):
     return found
 
 def trim(folders):
-    """Lists of components without what all of them begin with and end with."""
-    start = len(os.path.commonprefix(folders))
-    end = len(os.path.commonprefix([folder[start:][::-1] for folder in folders]))
-    return [folder[start : len(folder) - end] for folder in folders]
+    """Lists of components without what all that have any begin with, and then end with."""
+    while start := len(os.path.commonprefix([folder for folder in folders if folder])):
+        folders = [folder[start:] for folder in folders]
+    end = len(os.path.commonprefix([folder[::-1] for folder in folders if folder]))
+    return [folder[: max(0, len(folder) - end)] for folder in folders]
 
 def file_source(found, class_from, seed):
-    """Chooses files by their names. Their classes come from a table or else from the folders: what
-    all paths begin or end with means nothing; train, val and test are splits; the first folder
-    that remains (class_from="last": the last) is the class."""
+    """Chooses files by their names. Classes come from a table or the folders: what all begin or end
+    with means nothing, train, val and test are splits, then the first (or last) is the class."""
     found = {posixpath.normpath(path): found[path] for path in sorted(found)
              if not re.search(r"(^|/)(\.\w|__MACOSX)", path)}
     by_name = {posixpath.basename(path): path for path in found}
@@ -142,22 +144,25 @@ def file_source(found, class_from, seed):
         if {*files} <= by_name.keys():
             return cifar_source([found[by_name[name]]() for name in files], "fine_" * (not ten))
     suffix = {path: posixpath.splitext(path)[1].lower() for path in found}
-    for known in Image.registered_extensions(), (".npy",), ("",):
-        if names := [path for path in found if suffix[path] in known]:
-            break
+    latents = [path for path in found if suffix[path] == ".npy"]
+    names = [path for path in found if suffix[path] in Image.registered_extensions()]
+    names = max(names, latents, key=len) or [path for path in found if not suffix[path]]
     left_out = Counter(suffix[path] or "no suffix" for path in found.keys() - {*names})
     need(names, f"no images were found, but files with {dict(left_out)}: convert or unpack them")
     # {path, perhaps without its suffix: class} by WebDataset's or EDM's tables beside the images.
     table = {p[:-4]: f().read().decode().strip() for p, f in found.items() if suffix[p] == ".cls"}
     if path := by_name.get("dataset.json"):  # its rows may be lists
-        rows = dict(json.load(found[path]())["labels"] or {})
-        table = {path[:-12] + name: str(label) for name, label in rows.items()}
+        for name, label in dict(json.load(found[path]()).get("labels") or {}).items():
+            table[posixpath.normpath(path[:-12] + name.replace("\\", "/"))] = str(label)
+    table = {name: label for name, label in table.items() if label not in ("None", "-1")}
     folders = trim([path.split("/")[:-1] for path in names])
-    pattern = re.compile(r"(train|val|test)(ing|id|idation)?([_-]?(set|data|images)|\d*)", re.I)
-    heads = [pattern.fullmatch(folder[0]) if folder else None for folder in folders]
-    splits = [head[1].lower() if head else "other" for head in heads]
-    if "train" in splits and {"val", "test"} & {*splits}:
-        folders = [folder[1:] for folder in folders]
+    split = re.compile(r"(.*[^a-z])?(train|val|test)(ing|id|idation|val)?([^a-z].*)?", re.I)
+    for place in 0, 1:  # of the folder that names it: above the classes, or below each
+        heads = [split.fullmatch((*folder, "", "")[place]) for folder in folders]
+        splits = [head[2].lower() if head else "other" for head in heads]
+        if {"train"} < {*splits} - {"other"} and 2 * splits.count("other") < len(splits):
+            folders = [folder[:place] + folder[place + 1:] for folder in folders]
+            break
     else:
         splits = ["train"] * len(names)
     used = [i for split in ("train", "val") for i, s in enumerate(splits) if s == split]
@@ -176,7 +181,7 @@ def file_source(found, class_from, seed):
 
     def load(i):
         file = found[names[used[i]]]()
-        if known != (".npy",):
+        if names is not latents:
             return file
         latent = np.load(file)
         if "mean-std" in names[used[i]]:  # EDM2's encoder gives both: drawn from once, here
@@ -184,7 +189,7 @@ def file_source(found, class_from, seed):
         return latent.transpose(1, 2, 0)
 
     return Source([names[i] for i in used], load, classes and [classes[i] for i in used],
-                  size=len(load(0)) if known == (".npy",) else None,
+                  None, *((len(load(0)), load(0).shape[2]) if names is latents else (None, 3)),
                   num_val=sum(splits[i] == "val" for i in used))
 
 class SafeUnpickler(pickle.Unpickler):
@@ -227,22 +232,22 @@ def array_source(file, latent_axis=3, labels=None):
         if len(y) != total or y.dtype.kind not in "iu" or y.min() < -1:
             raise ValueError(f"labels {y.dtype} {y.shape}, expected {total} class numbers")
         classes = ["" if i < 0 else names[i] if names else str(i) for i in y]
+    channels = min(shape[3], 3) if x.dtype == np.uint8 else shape[3]
     return Source(range(total), lambda i: arrays[0][i] if i < n else arrays[1][i - n], classes,
-                  names, min(shape[1:3]), 1 if shape[3] == 1 else 3, total - n)
+                  names, min(shape[1:3]), channels, total - n)
 
 def split(source, num, classes, val_frac, seed):
     """{"train": candidates, "val": candidates}, shuffled by the seed. classes: these alone; num: so
     many training images, alike many of each class. What the source holds out stays held out."""
     names = source.classes or [""] * len(source.names)  # sets of numpy's strings are slow
-    wanted = classes.split(",") if classes else sorted({*names})
+    wanted = [*dict.fromkeys(classes.split(","))] if classes else sorted({*names})
     need({*wanted} <= {*names}, f"--classes {classes}: expected some of {','.join({*names})}")
     names, n = np.array(names), len(names) - source.num_val
     order = np.random.Generator(np.random.PCG64(seed)).permutation(n)
     order = order[np.isin(names[order], wanted)]
     val = [i for i in range(n, len(names)) if names[i] in wanted]
     held = 0 if val else min(max(1, round(val_frac * len(order))), len(order) - 1, 10_000)
-    # The last ones are held out, but of each class the first stays.
-    first = np.unique(names[order], return_index=True)[1]
+    first = np.unique(names[order], return_index=True)[1]  # of each class: it is not held out
     late = np.setdiff1d(np.arange(len(order)), first)[-held:] if held else []
     train, val = np.delete(order, late), val or order[late]
     if num:  # one of each class in turn
@@ -276,8 +281,8 @@ def to_pixels(item, size, channels, fit, background):
     """A binary file or an array -> uint8 (H,W,channels); latents are only checked."""
     if isinstance(item, np.ndarray) and item.dtype.kind == "f":
         item = np.ascontiguousarray(item, np.float32)
-        if not np.isfinite(item).all() or size not in (None, item.shape[0]):
-            raise ValueError(f"a latent of side {item.shape[0]} cannot be resized or infinite")
+        if not np.isfinite(item).all() or size and item.shape != (size, size, channels):
+            raise ValueError(f"a latent {item.shape}, expected finite {(size, size, channels)}")
         return item
     image = to_image(item) if isinstance(item, np.ndarray) else Image.open(item, formats=FORMATS)
     image = ImageOps.exif_transpose(image)  # decodes everything: a truncated file fails here
@@ -316,15 +321,14 @@ def write(source, folder, parts, settings):
             file.seek(0)
             np.lib.format.write_array_header_1_0(file, dict(
                 descr=image.dtype.str, fortran_order=False, shape=(len(kept[name]), *image.shape)))
-    for reject in rejects[:20]:
-        print("  rejected {}: {}".format(*reject), file=sys.stderr)
+    sys.stderr.writelines(f"  rejected {name}: {why}\n" for name, why in rejects[:20])
     total = sum(map(len, parts.values()))
     need(2 * len(rejects) <= total,
          f"{total - len(rejects)} of {total} images can be read: is this the right source?")
     classes = source.classes or [""] * len(source.names)  # "": none
     counts = Counter(classes[i] for i in kept["train"] if classes[i])
     by_number = sorted(counts, key=lambda name: (int(name) if name.isdecimal() else -1, name))
-    order = [name for name in source.order or by_number if name in counts]
+    order = [name for name in dict.fromkeys(source.order or by_number) if name in counts]
     number = {name: i for i, name in enumerate(order)}  # a class without training images: -1, none
     for name in kept if order else ():
         labels = np.array([number.get(classes[i], -1) for i in kept[name]], np.int64)
@@ -357,8 +361,8 @@ def main(argv=None):
     add("seed", 0, "of the shuffle and the faces")
     add("force", False, "replace an existing data set")
     a = parser.parse_args(argv)
-    title = "faces" if a.src is None else os.path.basename(os.path.realpath(a.src))
-    shown = a.out or os.path.join("data", title.split(".")[0])
+    title = re.sub(r"^\.+|\.(zip|tgz|tar|gz|np[yz])\b", "", Path(a.src or "faces").resolve().name)
+    shown = a.out or os.path.join("data", title)
     out = os.path.realpath(shown)  # behind a link, the folder itself is replaced
     inside = {*os.listdir(out)} if os.path.exists(out) else set()
     known = re.fullmatch("((train|val)(_labels)?.npy|meta.json|preview.png| )*", " ".join(inside))

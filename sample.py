@@ -29,8 +29,6 @@ from model import (SIGMA_DATA, Denoiser, Images, ModelConfig, load_checkpoint, n
 from prepare_data import Parser, need, to_image
 
 # ---- Noise, noise levels, steps.
-CHURN = 40.0, 0.05, 50.0, 1.003  # EDM's for ImageNet-64 in 256 steps; in 18 it adds far more noise
-
 def seed_of(*numbers):
     """One 63-bit seed for a tuple of non-negative numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
@@ -52,12 +50,12 @@ def noise_levels(config, sampler=None, steps=None, mid_sigma=0.821):
         return sampler, torch.tensor(levels, dtype=torch.float64)
     return sampler, sampler_levels(steps or 18)
 
-def sample_loop(denoise, x, sigmas, sampler="heun", draw=None, churn=CHURN):
+def sample_loop(denoise, x, sigmas, sampler="heun", draw=None, churn=(40, 0.05, 50, 1.003)):
     """Integrate the probability-flow ODE, or the SDE, from noise to data (EDM algorithms 1 and 2).
     denoise(x, sigma) -> D(x; sigma) for a float sigma; x standard normal of any shape; sigmas
     (n + 1,) descending to 0; draw() gives fresh noise like x. Samplers: "euler" (the DDIM step, n
     evaluations), "heun" (second order, 2n - 1), "churn" (heun with noise added before each step:
-    S_churn, S_min, S_max, S_noise), "consistency" (denoise, add noise of the next level)."""
+    S_churn, S_min, S_max, S_noise, EDM's for 256 steps), "consistency" (denoise, add noise)."""
     sigmas, (s_churn, s_min, s_max, s_noise) = [float(s) for s in sigmas], churn
     n = len(sigmas) - 1
     x = x * sigmas[0]
@@ -138,7 +136,7 @@ def write_all(out, batches, num, batch_size, describe, class_names, rank, world)
     """Write images to a folder of PNGs or an .npz, this process its share; rank 0 joins them.
     `batches(indices)` generates; `describe` says how, and guards against joining two recipes. What
     lies in the work folder is not made again. With classes an .npz has arr_1 and class_names."""
-    work = out + ".parts" if out.endswith(".npz") else out
+    work = out + ".parts" if out.lower().endswith(".npz") else out
     recipe = f"{work}/sampling.json"
     if rank == 0:
         os.makedirs(work, exist_ok=True)
@@ -230,8 +228,8 @@ def class_numbers(text, names, data, num):
     """Numbers of the classes to draw: all (None), some by name or number ("cat,0"), or "data": in
     the shares of that prepared set. Exits if there is none such."""
     if text == "data":
-        labels = np.sort(Images(data, "train", 1, names).labels)
-        return labels[np.arange(num) * len(labels) // num].tolist()
+        labels = sorted(i for i in Images(data, "train", 1, names).labels if 0 <= i < len(names))
+        return [int(labels[i * len(labels) // num]) for i in range(num)]
     known = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     chosen = text.split(",") if text else names
     unknown = [part for part in chosen if part not in known]
@@ -255,7 +253,7 @@ def main(argv=None):
     labels = class_numbers(args.labels, names, checkpoint["config"].get("data"), args.num)
     settings = dict(sampling_settings(args, denoiser, checkpoint), labels=labels)
     suffix = os.path.splitext(args.out.lower())[1]
-    picture = Image.registered_extensions().get(suffix)
+    picture = Image.registered_extensions().get(suffix) in Image.SAVE
     need(suffix == ".npz" or picture or not denoiser.config.latent,
          "this model makes latents: give an --out that ends in .npz, and decode that")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
@@ -276,7 +274,7 @@ def main(argv=None):
         write_all(args.out, batches, args.num, args.batch_size, describe, names, rank, world)
     elif rank == 0:
         made = tqdm(batches(range(args.num)), "sampling", -(-args.num // args.batch_size))
-        n = len(labels)  # if few, a column is of one class, and the picture about square
+        n = len({*labels})  # if few, a column is of one class, and the picture about square
         columns = n * max(1, round(args.num**0.5 / n)) if 1 < n <= 20 else None
         save_grid(args.out, np.concatenate([images for _, images in made]), columns)
     if dist.is_initialized():

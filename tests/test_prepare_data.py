@@ -337,6 +337,64 @@ def test_classes_that_are_numbers_sort_as_numbers_and_mean_the_same_in_an_array(
     assert np.array_equal(both.labels, np.concatenate([open_folder(f)[1] for f in (folder, array)])) and len(sizes) == 2
 
 
+@pytest.mark.parametrize("layout", ["{split}_64x64/{c}", "DIV2K_{split}_HR/{c}", "seg_{split}/seg_{split}/{c}",
+                                    "{split}ing data/{c}", "{c}/{split}", "top/{c}/{split}/images"])
+def test_splits_are_known_by_a_part_of_their_names_and_below_the_classes(tmp_path, capsys, layout):
+    where = {s: [layout.format(split=s, c=c) for c in ("cat", "dog")] for s in ("train", "test")}
+    files = images_of(*(f"{folder}/{s}{i}.png" for s, folders in where.items() for folder in folders for i in range(3)))
+    names, kept, held, said = classes_of(tmp_path, files, capsys=capsys)
+    assert names == ["cat", "dog"] and "'test images': 6" in said
+    assert not any("/test" in name.replace(layout.split("/")[0], "") and name.endswith(("test0.png", "test1.png"))
+                   for name, _ in kept | held)
+
+
+def test_a_stray_above_the_class_folders_changes_nothing(tmp_path, capsys):
+    for stray, top in (("Screenshot.png", "train/"), ("a/preview.png", "a/b/"), ("deep/er/x.png", "deep/er/set/")):
+        files = images_of(*(f"{top}{c}/{i}.png" for c in ("cat", "dog") for i in range(4)), stray)
+        names, kept, held, said = classes_of(tmp_path, files, capsys=capsys)
+        assert names == ["cat", "dog"] and stray not in {name for name, _ in kept | held} and "'train images': 1" in said
+
+
+def test_latents_of_other_shapes_are_rejected_by_name(tmp_path, capsys):
+    for i in range(12):
+        (tmp_path / "z").mkdir(exist_ok=True)
+        np.save(tmp_path / f"z/{i:02d}.npy", np.full((8, 8, 8) if i == 5 else (4, 8, 12) if i == 6 else (4, 8, 8), i, np.float32))
+    out = prepare(tmp_path / "z", tmp_path / "out", "--val_frac=0.2")
+    said = capsys.readouterr().err
+    assert "rejected 05.npy" in said and "rejected 06.npy" in said and open_folder(out)[2]["rejected"] == 2
+    images = np.concatenate([open_folder(out, s)[0] for s in SPLITS])
+    assert sorted(images[:, 0, 0, 0]) == [0, 1, 2, 3, 4, 7, 8, 9, 10, 11] and (images == images[:, :1, :1, :1]).all()
+    (tmp_path / "z/preview.png").write_bytes(png(noise(0)))  # of two kinds the one with more files is meant
+    assert open_folder(prepare(tmp_path / "z", tmp_path / "more"))[0].dtype == np.float32
+
+
+def test_a_label_that_says_none_is_none(tmp_path):
+    names = [f"x/{i}.png" for i in range(12)]
+    rows = [[f"./{name}" if i % 2 else name.replace("/", "\\"), (None, -1)[i % 2] if i > 7 else i % 2] for i, name in enumerate(names)]
+    files = images_of(*names) | {"dataset.json": json.dumps({"labels": rows}).encode()}
+    meta_names, kept, held, _ = classes_of(tmp_path, files)
+    assert meta_names == ["0", "1"] and {name for name, _ in kept | held} == {*names[:8]}
+    assert all(c == str(int(name[2:-4]) % 2) for name, c in kept)
+
+
+def test_labels_of_a_folder_are_refused_and_a_missing_file_is_named(tmp_path):
+    tree(tmp_path / "src", images_of("1.png", "2.png"))
+    assert "for arrays" in refused(tmp_path / "src", "--labels=x.npy", "--out", tmp_path / "out")
+    np.save(tmp_path / "z.npy", np.zeros((4, 4, 8, 8)))
+    assert "nowhere.npy" in refused(tmp_path / "z.npy", "--labels=nowhere.npy", "--out", tmp_path / "out")
+
+
+def test_a_set_is_named_after_its_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for src, name in ((".imgs", "imgs"), ("v1.5", "v1.5"), ("v1.6", "v1.6")):
+        tree(tmp_path / src, images_of("1.png", "2.png"))
+        main([src])
+        assert (tmp_path / "data" / name / "train.npy").exists()
+    shutil.make_archive("x", "gztar", "v1.5")
+    main(["x.tar.gz"])
+    assert (tmp_path / "data/x/train.npy").exists()
+
+
 def test_a_class_folder_may_be_a_link(tmp_path):
     tree(tmp_path / "set", images_of("a/0.png", "a/1.png", "b/0.png", "b/1.png"))
     tree(tmp_path / "elsewhere", images_of("c/0.png", "c/1.png"))
@@ -436,7 +494,7 @@ def test_incomplete_is_said_of_incomplete_files_alone(tmp_path):
     assert "complete?" in refused(tmp_path / "cut.zip", "--out", tmp_path / "out")
     np.savez(tmp_path / "a.npz", moments=np.zeros((3, 3)))
     assert "complete?" not in refused(tmp_path / "a.npz", "--out", tmp_path / "out")
-    broken = zipped(tmp_path / "json.zip", images_of("1.png") | {"dataset.json": b"{}"})
+    broken = zipped(tmp_path / "json.zip", images_of("1.png") | {"dataset.json": b"{"})
     assert "complete?" not in refused(broken, "--out", tmp_path / "out")
 
 

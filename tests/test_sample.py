@@ -257,8 +257,16 @@ def test_labels_can_have_the_shares_of_the_training_data(tmp_path, capsys):
     save_checkpoint(str(ckpt), state | dict(config=dict(data=str(data)), class_names=names))
     drawn = draw(ckpt, tmp_path / "x.npz", "--num=10", "--steps=1", "--labels=data")
     assert np.bincount(drawn["arr_1"]).tolist() == [5, 3, 2] and "of classes data" in capsys.readouterr().err
+    np.save(data / "train_labels.npy", np.repeat([0, 2, -1], [20, 10, 10]))  # as if the set had other classes now
+    meta = json.loads((data / "meta.json").read_text())
+    (data / "meta.json").write_text(json.dumps(meta | dict(class_names=["class 0", "class 1", "new"])))
+    assert np.bincount(draw(ckpt, tmp_path / "z.npz", "--num=4", "--steps=1", "--labels=data")["arr_1"]).tolist() == [4]
     assert np.bincount(draw(ckpt, tmp_path / "y.npz", "--num=9", "--steps=1")["arr_1"]).tolist() == [3, 3, 3]
     assert "0: 'class 0'" in capsys.readouterr().err  # which number is which
+
+
+def test_an_archive_may_be_named_in_capitals(tmp_path):
+    assert len(draw(make_checkpoint(tmp_path / "ft.pt"), tmp_path / "X.NPZ", "--num=2", "--steps=1")["arr_0"]) == 2
 
 
 @pytest.mark.parametrize("name, kind", [("g.jpg", "JPEG"), ("G.PNG", "PNG"), ("g.webp", "WEBP")])
