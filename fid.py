@@ -165,8 +165,8 @@ def open_source(path, args, stack):
         need(s.sigma.shape == 2 * s.mu.shape, f"{path}: mu {s.mu.shape}, sigma {s.sigma.shape}")
         s.about, s.n = dict(kind="statistics"), int(stored.get("n", 0))
         s.net = str(stored.get("net", "fid unknown" if args.features == "random" else ""))
-        if "arr_0" in stored:  # ADM's reference batches: statistics of a whole set, some images
-            s.n, s.images = len(stored["arr_0"]), lambda n: map(stored["arr_0"].__getitem__, n)
+        if (x := stored.get("arr_0")) is not None:  # ADM's reference batches have some images, too
+            s.n, s.images = len(x), partial(map, x.__getitem__)
             s.about = dict(kind="statistics for FID, images for KID, precision and recall")
     else:
         if os.path.exists(os.path.join(path, "meta.json")):

@@ -188,9 +188,9 @@ def file_source(found, class_from, seed):
             latent = np.random.default_rng([seed, i]).normal(*np.split(latent, 2))
         return latent.transpose(1, 2, 0)
 
-    return Source([names[i] for i in used], load, classes and [classes[i] for i in used],
-                  None, *((len(load(0)), load(0).shape[2]) if names is latents else (None, 3)),
-                  num_val=sum(splits[i] == "val" for i in used))
+    size, channels = load(0).shape[1:] if names is latents else (None, 3)
+    return Source([names[i] for i in used], load, classes and [classes[i] for i in used], None,
+                  size, channels, sum(splits[i] == "val" for i in used))
 
 class SafeUnpickler(pickle.Unpickler):
     """Admits what arrays are made of, so that no pickle can run anything."""

@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
 from argparse import Namespace
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_dataset, mistake
+from conftest import few_images, make_dataset, mistake, TINY
 
 import model
 import sample
@@ -20,20 +18,6 @@ from model import Images
 CONFIG = ModelConfig(image_size=16, dim=32, depth=2, heads=2)
 CPU, PLAIN = torch.device("cpu"), torch.autocast("cpu", enabled=False)
 MASKED = ["--mask_ratio=0.5", "--mask_type=patch"]
-
-
-@contextmanager
-def few_images(n=32):
-    """Runs estimate importance on the first n images of their batch alone: 512 take seconds."""
-    original = train.fisher_information
-
-    def of_few(denoiser, config, batch, autocast):
-        batch = {k: None if t is None else t[:n] for k, t in batch.items()}
-        return original(denoiser, config, batch, autocast)
-
-    train.fisher_information = of_few
-    yield
-    train.fisher_information = original
 
 
 @pytest.fixture(autouse=True)
