@@ -9,7 +9,7 @@ Symbols: B batch, C channels, H = W image side, p patch side, N = (H/p)^2, K vis
 import math
 import os
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -48,8 +48,6 @@ class ModelConfig:
              f"{[q for q in range(1, size + 1) if size % q == 0]}")
         need(not route or not self.decoder_depth and 0 <= route[0] < route[1] <= self.depth,
              f"route is {route}, expected A < B <= depth {self.depth}, and no decoder")
-        need(self.token_dim > 1 or not self.decoder_depth,
-             "a decoder rebuilds patches by their variance: these have one value each")
 
 PRESETS = {  # MaskDM table of settings; DiT table 1
     "demo": dict(dim=128, depth=6, heads=4, patch_size=4),  # two CPU cores, minutes
@@ -108,13 +106,6 @@ def sample_visible(batch, grid, mask_ratio, mask_type="patch", block_size=4, gen
     row = (blocks // g * b).view(batch, -1, 1, 1) + inside.view(b, 1)
     col = (blocks % g * b).view(batch, -1, 1, 1) + inside
     return (row * grid + col).reshape(batch, k).sort(dim=1).values
-
-def mask_ratios(start, end):
-    """The share of patches to hide in each part of a run: one value, or six stairs if it changes
-    (compiling starts anew for each), by MaskDiT's cos(pi/2 x)^4 over the run."""
-    if end is None:
-        return [start]
-    return [end + (start - end) * math.cos(math.pi / 2 * i / 5) ** 4 for i in range(6)]
 
 class Images:
     """The images of prepared folders (commas between), numbered through. Another class needs
@@ -404,7 +395,7 @@ def consistency_objective(model, config, cfg, step, clean, noise, sigma, visible
     sigma = t is drawn to that at the lower level r, one step along the estimated ODE from x_t."""
     t, x_t = sigma, noised(clean, noise, sigma)
     stage = step // max(1, math.ceil(cfg.steps / cfg.cm_stages))
-    r = consistency_step(t, stage, cfg.cm_q, cfg.cm_k, cfg.cm_b)
+    r = consistency_step(t, stage, cfg.cm_q)
     goal = clean  # where the ODE leads, judged by this image alone
     seen = visible if config.decoder_depth else None  # of the answer the visible patches count
     if references is not None:
@@ -418,6 +409,32 @@ def consistency_objective(model, config, cfg, step, clean, noise, sigma, visible
         target = torch.where((r > 0).view(-1, 1, 1), answer, x_r)
     f_t = model(x_t, t, visible, labels)
     return consistency_loss(take(f_t, seen), take(target, seen), t, r, cfg.cm_c, cfg.cm_weight)
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, for matrices; updates as large as AdamW's (arXiv 2502.16982).
+    torch.optim.Muon, but all at once and iterated on n x n products, n the smaller side."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for n in {min(p.shape) for p in group["params"]}:
+                weights = [p for p in group["params"] if min(p.shape) == n]
+                gradients, lr = [p.grad for p in weights], group["lr"]
+                v = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in weights]
+                torch._foreach_lerp_(v, gradients, 0.05)
+                x = torch._foreach_lerp(gradients, v, 0.95)  # Nesterov's
+                x = [m.mT if m.shape[0] > n else m for m in x]
+                square = torch.stack([m @ m.mT for m in x])
+                norm = square.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-30).view(-1, 1, 1)
+                square, root = square / norm, torch.eye(n).to(norm) / norm.sqrt()
+                for _ in range(5):  # singular values of root @ x towards 1 (Newton-Schulz)
+                    factor = torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
+                    factor.diagonal(dim1=1, dim2=2).add_(3.4445)
+                    square, root = factor @ square @ factor, factor @ root
+                torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+                for p, m, r in zip(weights, x, root):
+                    update = (r @ m).mT if p.shape[0] > n else r @ m
+                    p.add_(update, alpha=-0.2 * lr * max(p.shape) ** 0.5)
 
 # ---- Continual learning: what each weight is worth, and what a teacher answers.
 def fisher_information(denoiser, config, batch, autocast):
@@ -467,11 +484,7 @@ def load_checkpoint(path):
             if damaged := z.testzip():
                 raise ValueError(f"wrong sum of {damaged}")
         checkpoint = torch.load(path, "cpu", weights_only=True, mmap=os.name != "nt")  # lazy
-        stored, known = checkpoint["architecture"], {f.name for f in fields(ModelConfig)}
-        if stored.get("sigma_data", SIGMA_DATA) != SIGMA_DATA:
-            raise ValueError("a model of latents that were not normalised")
-        stored.setdefault("consistency", bool(stored.get("cm_segments")))  # its older name
-        checkpoint["architecture"] = {k: v for k, v in stored.items() if k in known}
+        ModelConfig(**checkpoint["architecture"])
     except Exception as e:  # the file's bytes decide which
         need(False, f"{path} is no whole checkpoint of train.py ({e!r:.200})")
     need_noise(checkpoint.get("noise", "edm"), path)

@@ -297,10 +297,8 @@ def to_pixels(item, size, channels, fit, background):
     image = image.convert("RGB")
     if size and fit == "crop":
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    elif size and fit == "pad":
+    elif size:
         image = ImageOps.pad(image, (size, size), Image.Resampling.LANCZOS, background)
-    elif size:  # one of this size stays as it is
-        image = image.resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(image) if channels == 3 else np.asarray(image.convert("L"))[..., None]
 
 def to_image(pixels):  # uint8 (H,W,C), C = 1, 3 or 4 -> a picture of Pillow
@@ -351,7 +349,7 @@ def main(argv=None):
     add("out", None, "folder to write; default data/NAME_OF_SRC")
     add("size", None, "side of an image; default 64, arrays keep theirs", type=int)
     add("channels", None, "1 is greyscale; default 3", type=int, choices=(1, 3))
-    add("fit", "crop", "to square", choices=("crop", "pad", "stretch"))
+    add("fit", "crop", "to square", choices=("crop", "pad"))
     add("background", "white", "behind transparency and padding", type=ImageColor.getrgb)
     add("val_frac", 0.05, "share of val.npy, where the source holds nothing out")
     add("num", None, "training images, as many of each class as possible", type=int)

@@ -22,8 +22,7 @@ from dataclasses import asdict
 from functools import lru_cache, partial
 from importlib.util import find_spec
 
-if "OMP_WAIT_POLICY" not in os.environ:  # before torch: waiting threads soon leave a busy core
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait soon leave a busy core
 
 import numpy as np
 import torch
@@ -32,15 +31,15 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import sample
-from model import (NOISE, P_MEAN, P_STD, PRESETS, Denoiser, Images, ModelConfig,
+from model import (NOISE, P_MEAN, P_STD, PRESETS, Denoiser, Images, ModelConfig, Muon,
                    consistency_objective, count_visible, diffusion_objective, fisher_information,
-                   load_checkpoint, load_what_fits, mask_ratios, need_noise, normalised, patchify,
+                   load_checkpoint, load_what_fits, need_noise, normalised, patchify,
                    replace_file, sample_visible, sigma_of, teach)
 from prepare_data import Parser, need
 
 # ---- Settings: typed, else the resumed run's, else CONSISTENCY, DEFAULTS, those in parse().
-GPU = dict(preset="maskdm-64", beta1=0.99, lr=2e-4, steps=100_000, lr_schedule="constant",
-           warmup=0, grad_clip=0.0, eval_every=2000, save_every=2000)  # as MaskDM at 64 px
+GPU = dict(preset="maskdm-64", optimizer="adamw", beta1=0.99, lr=2e-4, lr_schedule="constant",
+           warmup=0, grad_clip=0.0, steps=100_000, eval_every=2000, save_every=2000)  # MaskDM's
 DEFAULTS = {  # (stage, whether on a GPU); on two cores ten minutes for both stages
     ("pt", False): dict(batch_size=48, steps=2500, lr=4e-3, lr_schedule="constant"),
     ("ft", False): dict(eval_every=1400, sample_every=1400, save_every=1400),
@@ -50,8 +49,8 @@ DEFAULTS = {  # (stage, whether on a GPU); on two cores ten minutes for both sta
     ("cm", True): GPU | dict(batch_size=128, sample_every=5000, steps=200_000, lr=1e-4, beta1=0.9,
                              cm_stages=8),
 }
-TUNING = dict(beta1=0.9, weight_decay=0.0, warmup=0, grad_clip=0.0, ema=0.9999, label_dropout=0.0,
-              dtype="float32")
+TUNING = dict(init_weights="ema", optimizer="adamw", beta1=0.9, weight_decay=0.0, warmup=0,
+              grad_clip=0.0, ema=0.9999, label_dropout=0.0, dtype="float32")
 CONSISTENCY = {  # ECT, arXiv 2406.14548, appendix; its networks have dropout, this one has none
     "cifar10": TUNING | dict(p_mean=-1.1, p_std=2.0, optimizer="radam", beta2=0.999),
     "imagenet64": TUNING | dict(p_mean=-0.8, p_std=1.6, cm_q=4.0, cm_c=0.06, cm_weight="edm",
@@ -67,10 +66,9 @@ def parse(argv):
     add("data", "data/faces", "prepared set, or several with commas for their union")
     add("out_dir", "out", "folder for checkpoints, samples and log.jsonl")
     add("init_from", None, "start from the weights of this checkpoint")
-    add("init_weights", "ema", "which of its weights", choices=("ema", "raw"))
+    add("init_weights", "raw", "which of its weights", choices=("ema", "raw"))
     add("resume", None, "go on with a run", nargs="?", const="last", choices=("last", "auto"))
     add("mask_ratio", 0.0, "share of the patches hidden; > 0 is stage 1")
-    add("mask_ratio_end", None, "share at the end, if another", type=float)
     add("mask_type", "block", "what is hidden: patch, block; crop: all but one square")
     add("block_size", 2, "patches a side of a hidden block")
     add("preset", "demo", "size of a new network", choices=tuple(PRESETS))
@@ -85,8 +83,6 @@ def parse(argv):
     add("cm_preset", "cifar10", "ECT's settings for", choices=tuple(CONSISTENCY))
     add("cm_stages", 4, "stages; the last pairs of noise levels have 1 - r/t = cm_q^-stages")
     add("cm_q", 2.0, "1 - r/t shrinks by this factor a stage")
-    add("cm_k", 8.0, "how much wider 1 - r/t is at low noise; 0: equal")
-    add("cm_b", 1.0, "how fast that falls with the noise level")
     add("cm_c", 0.0, "constant of the pseudo-Huber distance")
     add("cm_weight", "gap", "1/(t - r), or 1/t^2 + 1/sigma_data^2", choices=("gap", "edm"))
     add("ref_batch", 0, "images averaged for the target (SCT); 0: none (ECT)")
@@ -101,7 +97,7 @@ def parse(argv):
     add("batch_size", 4, "images per step, in all processes")
     add("micro_batch", 0, "images per pass; 0: all, on a CPU by its caches")
     add("steps", 4200, "optimizer steps of the whole run")
-    add("optimizer", "adamw", "optimizer", choices=("adamw", "radam"))
+    add("optimizer", "muon", "muon has AdamW beside it", choices=("adamw", "muon", "radam"))
     add("lr", 2e-3, "learning rate")
     add("lr_schedule", "cosine", "after warm-up", choices=("constant", "cosine", "rsqrt"))
     add("warmup", 100, "steps of linear warm-up")
@@ -142,14 +138,13 @@ def parse(argv):
     cfg = parser.parse_args(argv)
     need(not source or os.path.basename(source).startswith(run_name(cfg)), f"{source} is of another"
          " stage than these settings: start that with --init_from")
-    for name in ("mask_ratio", "mask_ratio_end", "label_dropout", "ema"):
-        need(0 <= (getattr(cfg, name) or 0) < 1, f"--{name}: expected at least 0 and below 1")
+    for name in ("mask_ratio", "label_dropout", "ema"):
+        need(0 <= getattr(cfg, name) < 1, f"--{name}: expected at least 0 and below 1")
     return cfg, source, start
 
 def run_name(cfg):
-    """pt: ends masked (stage 1); ft: ends with whole images (stage 2); cm: consistency tuning."""
-    end = cfg.mask_ratio if cfg.mask_ratio_end is None else cfg.mask_ratio_end
-    return "cm" if cfg.loss == "consistency" else "pt" if end > 0 else "ft"
+    """pt: masked (stage 1); ft: whole images (stage 2); cm: consistency tuning."""
+    return "cm" if cfg.loss == "consistency" else "pt" if cfg.mask_ratio > 0 else "ft"
 
 def find_run(cfg):
     """The newest whole checkpoint, of the run that the command describes or, if of none, of any."""
@@ -194,11 +189,10 @@ class Stream:
         # Class and age of each image in one number, for `references`.
         self.kind = 2 * images.labels * (config.num_classes > 0) + (np.arange(len(images)) >= new)
         self.order = self.kind.argsort()
-        self.ratios = mask_ratios(cfg.mask_ratio, cfg.mask_ratio_end)
-        self.visible = [count_visible(config.grid, ratio, cfg.mask_type, cfg.block_size)
-                        for ratio in self.ratios]
-        need(0 < min(self.visible) < config.grid**2 or cfg.mask_ratio == 0, "the mask shows "
-             f"{min(self.visible)} of {config.grid**2} patches: choose another ratio or block_size")
+        self.mask = config.grid, cfg.mask_ratio, cfg.mask_type, cfg.block_size
+        self.visible, n = count_visible(*self.mask), config.grid**2
+        need(0 < self.visible < n or cfg.mask_ratio == 0, f"the mask shows {self.visible} of {n} "
+             "patches: choose another ratio or block_size")
 
     def index(self, step):
         """The numbers of the images of a global batch: a walk through each part by epochs."""
@@ -218,8 +212,7 @@ class Stream:
         sigma = sigma_of(torch.randn(n, generator=g), cfg.p_mean, cfg.p_std)
         flip = torch.rand(n, generator=g).numpy() < 0.5 * cfg.hflip
         dropped = torch.rand(n, generator=g) < cfg.label_dropout
-        ratio = self.ratios[min(len(self.ratios) * step // max(1, cfg.steps), len(self.ratios) - 1)]
-        visible = sample_visible(n, config.grid, ratio, cfg.mask_type, cfg.block_size, g)
+        visible = sample_visible(n, *self.mask, g)
         visible, index = None if visible is None else visible[mine], self.index(step)[mine]
         clean, labels = self.read(index, flip[mine], None if config.takes_all else visible)
         labels[dropped[mine]] = -1
@@ -282,8 +275,12 @@ def configure_optimizers(denoiser, cfg):
     """A list of optimizers; the rate of each group is scheduled from its initial_lr."""
     kind = torch.optim.RAdam if cfg.optimizer == "radam" else torch.optim.AdamW
     how = dict(decoupled_weight_decay=True) if cfg.optimizer == "radam" else dict(fused=True)
-    return [kind([dict(params=list(denoiser.parameters()), initial_lr=cfg.lr)], lr=cfg.lr,
-                 betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, **how)]
+    both, rest = dict(lr=cfg.lr, weight_decay=cfg.weight_decay), dict(denoiser.named_parameters())
+    matrices = [rest.pop(name) for name in [*rest] if cfg.optimizer == "muon" and name.endswith(
+        ("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight"))]  # of the blocks
+    muon = [Muon([dict(params=matrices, initial_lr=cfg.lr)], both)] if matrices else []
+    return muon + [kind([dict(params=[*rest.values()], initial_lr=cfg.lr)],
+                        betas=(cfg.beta1, cfg.beta2), **both, **how)]
 
 def pull_of(cfg, denoiser, device, autocast):
     """[(weight, where it is pulled to, how strongly)]: to the anchor's weights, by l2 + ewc * their
@@ -294,7 +291,7 @@ def pull_of(cfg, denoiser, device, autocast):
         images = Images(cfg.ewc_data or stored["config"]["data"], "train", anchor.config.patch_size,
                         stored["class_names"] or ())
         whole = deepcopy(cfg)
-        vars(whole).update(mask_ratio=0.0, mask_ratio_end=None, loss="diffusion", batch_size=512)
+        vars(whole).update(mask_ratio=0.0, loss="diffusion", batch_size=512)
         batch = Stream(images, len(images), whole, anchor.config, device).load(0)
         fisher = fisher_information(anchor.requires_grad_(True), anchor.config, batch, autocast)
         strength = [cfg.l2 + cfg.ewc * f for f in fisher]
@@ -343,7 +340,6 @@ def main(argv=None):
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("highest" if cfg.loss == "consistency" else "high")
     dtype = sample.pick_dtype(cfg.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if world > 1:
@@ -358,11 +354,10 @@ def main(argv=None):
     if cfg.distill_from:
         teacher, theirs = sample.load_denoiser(cfg.distill_from, "ema", device)
         classes = (theirs.get("class_names") or []) if cfg.class_cond else []
-        kinds = {(c.grid, c.token_dim, c.latent, c.takes_all, c.consistency)
-                 for c in (config, teacher.config)}
         need(cfg.replay and cfg.loss == "diffusion" and classes == names[: len(classes)] and
-             len(kinds) == 1, f"{cfg.distill_from} needs --replay, diffusion and a model like this")
-    share, values = cfg.batch_size // world, max(stream.visible) * config.dim
+             not teacher.config.consistency and teacher.config.latent == config.latent,
+             f"{cfg.distill_from} needs --replay, and both a diffusion model of such images")
+    share, values = cfg.batch_size // world, stream.visible * config.dim
     fits = [m for m in range(1, share + 1) if share % m == 0 and m * values <= 2**20]  # cache
     micro = cfg.micro_batch or (max(fits, default=1) if device.type == "cpu" else share)
     need(share and cfg.batch_size % (world * micro) == 0, f"batch_size {cfg.batch_size} is not "
@@ -395,11 +390,6 @@ def main(argv=None):
                 f.write(json.dumps(dict(run=name, step=step, **record)) + "\n")
 
     if cfg.compile:
-        try:
-            torch.compile(torch.sin)(torch.zeros(2, device=device))
-        except Exception as e:  # noqa: BLE001 (Triton, a compiler or Python's headers can lack)
-            need(False, f"torch.compile does not work here ({e!r:.200}): give --no-compile")
-        torch._dynamo.config.recompile_limit = 16  # six mask ratios, with gradient and without
         for network in filter(None, (denoiser, teacher)):
             network.compile(dynamic=False)
     model = denoiser
@@ -418,7 +408,7 @@ def main(argv=None):
     @torch.no_grad()
     def evaluate():  # the EMA weights
         total, n = 0.0, len(validation["clean"])
-        size = max(1, min(64, micro * max(stream.visible) // config.grid**2))  # as in training
+        size = max(1, min(64, micro * stream.visible // config.grid**2))  # as in training
         for i in range(0, n, size):
             part = {k: t if t is None else t[i : i + size].to(device)
                     for k, t in validation.items()}

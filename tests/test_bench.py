@@ -65,3 +65,42 @@ def test_a_plan_adds_up(capsys):
     gb = [float(line.split()[0]) for line in out.splitlines() if " GB " in line]
     assert sum(gb[:5]) == pytest.approx(22 * n / 1e9, abs=0.03) and sum(gb[:6]) == pytest.approx(gb[6], abs=0.04)
     assert "the limit is" in out
+
+
+ADAPTER = """
+import torch
+print("what other code prints")
+CONFIG = dict(image_size=16, dim=32, depth=1, heads=1)
+
+def make(size, channels, patch_size, dim, depth, heads, visible):
+    assert (size, channels, patch_size, dim, depth, heads) == (16, 3, 4, 32, 1, 1)
+    network = torch.nn.Linear(channels * size**2, 1000)
+
+    def loss(images):
+        assert images.shape[1:] == (3, 16, 16) and -1 <= images.min() < -0.9 and 0.9 < images.max() <= 1
+        return network(images.flatten(1)).square().mean() * visible
+
+    return network, loss
+"""
+
+
+def test_another_network_is_timed_in_turns_with_ours(tmp_path):
+    (tmp_path / "other.py").write_text(ADAPTER)
+    config = model.ModelConfig(**model.PRESETS["maskdm-64"] | dict(image_size=16, dim=32, depth=1, heads=1))
+    rows = dict(bench.against(str(tmp_path / "other.py"), "float32", 1, "batch 8, ratio 0.5"))
+    (values,) = rows.values()
+    assert values["theirs_m_weights"] == pytest.approx((768 * 1000 + 1000) / 1e6)
+    assert values["ours_m_weights"] == pytest.approx(sum(p.numel() for p in model.Denoiser(config).parameters()) / 1e6)
+    assert values["times_faster"] == pytest.approx(values["theirs_ms"] / values["ours_ms"]) and values["ours_gb"] > 0.05
+    (tmp_path / "broken.py").write_text("def make(*sizes):\n    raise ValueError('no')\nCONFIG = dict(dim=32, heads=1)\n")
+    with pytest.raises(SystemExit, match="broken.py: the network of batch 8, ratio 0.5 could not be made"):
+        bench.against(str(tmp_path / "broken.py"), "float32", 1, "batch 8, ratio 0.5")
+
+
+def test_our_step_beside_another_shows_and_learns_what_train_py_does(tmp_path):
+    """The seen patches are K of N, in micro-batches as on a CPU, and the gradient is that of the whole batch."""
+    (tmp_path / "other.py").write_text(ADAPTER)
+    step, n = bench.stepper(str(tmp_path / "other.py"), "theirs", 8, 0.5, torch.float32)
+    assert n == 769_000 and step() > 0
+    step, n = bench.stepper(str(tmp_path / "other.py"), "ours", 8, 0.5, torch.float32)
+    assert step() > 0

@@ -22,7 +22,7 @@ SAME = ["--batch_size=12", f"--steps={STEPS}", "--log_every=1", "--lr_schedule=c
 MASKED = ["--mask_ratio=0.5", "--mask_type=patch"]
 RUNS = {
     "masked": ["--data=SET", *MASKED, "--class_cond", "--hflip", "--micro_batch=4"],
-    "decoder in stairs": ["--data=SET", *MASKED, "--mask_ratio_end=0", "--decoder_depth=1"],
+    "decoder": ["--data=SET", *MASKED, "--decoder_depth=1"],
     "route": ["--data=SET", *MASKED, "--route=0,1", "--class_cond"],
     "latents": ["--data=LATENTS"],
     "replay, teacher, EWC": ["--data=SET", "--init_from=FIRST", "--replay=OLD", "--replay_frac=0.3",
@@ -39,7 +39,7 @@ BUGS = {  # what is wrong: (a run, a file, the right text, the wrong one)
     "weights of a batch stay": ("replay, teacher, EWC", "train.py", "stream.weight.to(device)", "stream.weight.cpu()"),
     "frequencies are no buffer": ("masked", "model.py", 'self.register_buffer("freq", freq, persistent=False)',
                                   "self.freq = freq"),
-    "decoder's positions are no buffer": ("decoder in stairs", "model.py", 'self.register_buffer("decoder_positions", '
+    "decoder's positions are no buffer": ("decoder", "model.py", 'self.register_buffer("decoder_positions", '
                                           "positions, persistent=False)", "self.decoder_positions = positions"),
     "a loss is read in every part": ("masked", "train.py", "loss += part_loss.detach()", "loss += part_loss.item()"),
     "the flag to stop is elsewhere": ("masked", "train.py", "torch.full_like(loss, len(caught) > 0)",

@@ -331,8 +331,7 @@ def test_the_scale_of_latents_changes_neither_training_nor_samples(tmp_path):
         np.save(tmp_path / f"{name}.npy", a * z + b)
         prepare_data.main([f"{tmp_path}/{name}.npy", f"--out={tmp_path}/{name}"])
         train.main([f"--data={tmp_path}/{name}", f"--out_dir={tmp_path}/{name}/out", "--batch_size=8",
-                    "--steps=6", "--mask_ratio=0.5", "--mask_ratio_end=0", "--mask_type=patch",
-                    "--log_every=1", *TINY])
+                    "--steps=6", "--log_every=1", *TINY])
         lines = map(json.loads, open(tmp_path / name / "out/log.jsonl"))
         losses.append([r.get("loss", r.get("val_loss")) for r in lines if {"loss", "val_loss"} & {*r}])
         samples = draw(tmp_path / name / "out/ft.pt", tmp_path / f"{name}.npz", "--num=4", "--steps=4")

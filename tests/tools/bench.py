@@ -2,16 +2,25 @@
 
 python tests/tools/bench.py                      # everything (about 35 minutes on two cores)
 python tests/tools/bench.py steps --only demo    # sections (see --help), cases whose name contains a word
+python tests/tools/bench.py steps --against other.py  # a step of ours and of another network in turns
 python tests/tools/bench.py plan --preset dit-xl --size 32 --channels 4 --ratio 0.5 --batch 1024 --gpus 8
 
 Every case of a section runs in a process of its own, so that its peak memory is its own; times are
 medians. MFU is the token FLOPs of a step (weights and attention, three forward passes' worth) over
 the bfloat16 matrix product of 2048 x 2048 x 2048 timed in the same run. `plan` runs nothing but the loader: it
 counts a step on tensors without memory, beside the peak of an H100 or of what --peak, --memory, --network say.
+
+The file of --against makes the other network. It has a function
+
+    make(size, channels, patch_size, dim, depth, heads, visible) -> module, loss
+
+where loss(images), a scalar, is that of a batch (B, channels, size, size) in [-1, 1] of whose patches `visible` are
+seen, and may have CONFIG, a dict of what differs from --preset=maskdm-64 at 64 px in our ModelConfig.
 """
 
 import argparse
 import ctypes
+import importlib.util
 import json
 import math
 import mmap
@@ -181,6 +190,94 @@ def plan(argv):
           + f"{total / 1e9:8.2f} GB in all: {'fits in' if total < a.memory else 'does NOT fit in'} {a.memory / 1e9:.0f} GB")
     print("".join(f"{v * 1e3:8.1f} ms {name}\n" for name, v in times.items())
           + f"the limit is {max(times, key=times.get)}: {a.batch / max(times.values()):.0f} images/s")
+
+
+# -- beside other code ----------------------------------------------------------------------------
+
+
+def load_adapter(path):
+    spec = importlib.util.spec_from_file_location("adapter", path)
+    adapter = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(adapter)
+    return adapter
+
+
+def stepper(path, whose, batch, ratio, dtype):
+    """A function that takes one training step of our network or of the adapter's: forward, backward, clip, AdamW."""
+    adapter = load_adapter(path)
+    config = model.ModelConfig(**dict(image_size=64, **model.PRESETS["maskdm-64"]) | getattr(adapter, "CONFIG", {}))
+    c, k = config, model.count_visible(config.grid, ratio)
+    shape, micro = (batch, c.channels, c.image_size, c.image_size), batch
+    torch.manual_seed(0)
+    if whose == "ours":
+        network, held = model.Denoiser(config).to(DEVICE), k if not c.takes_all else c.grid**2
+        if DEVICE.type == "cpu":  # as in train.py
+            micro = max((m for m in range(1, batch + 1) if batch % m == 0 and m * k * c.dim <= 2**20), default=1)
+
+        def loss(images):
+            visible, n = model.sample_visible(len(images), c.grid, ratio), len(images)
+            clean = model.patchify(images.permute(0, 2, 3, 1), c.patch_size)
+            clean = clean if c.takes_all or visible is None else model.take(clean, visible.to(DEVICE))
+            labels = torch.zeros(n, dtype=torch.int64, device=DEVICE) if c.num_classes else None
+            sigma = model.sigma_of(torch.randn(n, device=DEVICE))
+            return model.diffusion_objective(network, c, clean, torch.randn(n, held, c.token_dim, device=DEVICE), sigma,
+                                             None if visible is None else visible.to(DEVICE), labels, 0.1).mean()
+    else:
+        network, loss = adapter.make(c.image_size, c.channels, c.patch_size, c.dim, c.depth, c.heads, k)
+        network.to(DEVICE).train()
+    weights = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
+
+    def step():
+        images = torch.rand(shape, device=DEVICE) * 2 - 1
+        begun = now()
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            for part in images.split(micro):
+                (loss(part) * len(part) / batch).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return now() - begun
+
+    return step, sum(p.numel() for p in weights)
+
+
+def take_steps(path, whose, batch, ratio, dtype):
+    """A process that takes a step for each line of stdin and prints its seconds, at the end its peak memory."""
+    out, sys.stdout = sys.stdout, sys.stderr  # what other code prints is no answer
+    step, n = stepper(path, whose, batch, ratio, dtype)
+    print(n, file=out, flush=True)
+    for _ in sys.stdin:
+        print(step(), file=out, flush=True)
+    print(peak_memory(), file=out)
+
+
+def against(path, dtype, repeats, only=""):
+    """Rows of (case, values): seconds of a step of each network, taken in turns, the minimum of `repeats`."""
+    rows = []
+    for batch, ratio in ((b, r) for b in (8, 64) for r in (0, 0.5, 0.9)):
+        name = f"batch {batch}, ratio {ratio}"
+        if only not in name:
+            continue
+        command = [sys.executable, __file__, "--take"]
+        both = [subprocess.Popen([*command, json.dumps([path, whose, batch, ratio, dtype])], stdin=subprocess.PIPE,
+                                 stdout=subprocess.PIPE, text=True) for whose in ("ours", "theirs")]
+        weights, times = [p.stdout.readline() for p in both], ([], [])
+        if "" in weights:
+            for p in both:
+                p.kill()
+            sys.exit(f"{path}: the network of {name} could not be made; its error is above")
+        for _ in range(1 + repeats):  # the first warms up
+            for p, seconds in zip(both, times):
+                p.stdin.write("\n")
+                p.stdin.flush()
+                seconds.append(float(p.stdout.readline()))
+        peaks = [float(p.communicate()[0]) for p in both]
+        ours, theirs = (min(t[1:]) for t in times)
+        rows.append((name, dict(ours_ms=ours * 1e3, theirs_ms=theirs * 1e3, times_faster=theirs / ours,
+                                ours_gb=peaks[0] / 1e9, theirs_gb=peaks[1] / 1e9, ours_m_weights=int(weights[0]) / 1e6,
+                                theirs_m_weights=int(weights[1]) / 1e6)))
+    return rows
 
 
 # -- sections -------------------------------------------------------------------------------------
@@ -535,8 +632,15 @@ def main():
     parser.add_argument("section", nargs="*", help=f"of {', '.join(CASES)} (default: all)")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--json", help="file for the results, the commit and the machine")
+    parser.add_argument("--against", help="file that makes another network, for the section steps")
+    parser.add_argument("--dtype", default="auto", help="of --against: float32, bfloat16")
+    parser.add_argument("--repeats", type=int, default=3, help="of --against: steps of each")
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--take", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.take:
+        *what, dtype = json.loads(args.take)
+        return take_steps(*what, sample.pick_dtype(dtype, DEVICE))
     if args.case:
         section, case = json.loads(args.case)
         kind = globals()[section if section in globals() else "steps"]
@@ -545,13 +649,17 @@ def main():
     print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads")
     results = []
     for section in args.section or CASES:
-        cases = {n: c for n, c in CASES[section].items() if args.only in n}
+        cases = {n: c for n, c in CASES[section].items() if args.only in n or args.against}
         if not cases:
             continue
-        rows = [(name, run_case(section, case)) for name, case in cases.items()]
         print(f"\n## {section}\n")
-        table(rows)
-        report(section, rows)
+        if args.against and section == "steps":
+            rows = against(args.against, args.dtype, args.repeats, args.only)
+            table(rows)
+        else:
+            rows = [(name, run_case(section, case)) for name, case in cases.items()]
+            table(rows)
+            report(section, rows)
         results += [dict(section=section, case=name, **values, **where_from()) for name, values in rows]
     if args.json:
         about = dict(command=" ".join(["python tests/tools/bench.py", *args.section]), results=results)

@@ -6,7 +6,8 @@ python tests/tools/continual.py data/emoji:people-body data/emoji:flags         
 If all have classes, the model is conditional, and a set is compared with samples of those that it
 holds; else all sets are compared with the same samples, and distances depend on their mixture, too.
 
-Every method starts from one model of the first set. After each set the random-feature Frechet
+Every method starts from one model of the first set, and --minutes are planned as in reproduce.py: by the cost of a
+step, here against that of a step on the first set taken in turns with it. After each set the random-feature Frechet
 distance to every set so far is measured with --num samples. What is finished lies in
 OUT/continual.json and is not run again. Methods, as flags of train.py:
 
@@ -35,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 
-from reproduce import B16, QUIET, call, last_json, masked, train_for, where_from  # puts the project on the path
+from reproduce import B16, QUIET, call, last_json, masked, step_seconds, train_for, where_from  # puts the project on the path
 
 import sample
 from prepare_data import open_folder
@@ -110,6 +111,13 @@ def distances(checkpoint, tasks, folder, args, log):
     return found
 
 
+def cost_of(flags, tasks, args, known, log):
+    """Seconds of a step with these flags, on the machine on which one on the first set takes `known` seconds."""
+    plain = [f"--data={tasks[0]}", "--preset=demo", B16, *["--class_cond"] * args.class_cond]
+    both = step_seconds([plain, flags] if known else [plain], Path(args.out, "trial"), log, rounds=2)
+    return both[tuple(flags)] * known / both[tuple(plain)] if known else both[tuple(plain)]
+
+
 def learn(method, tasks, args, first):
     """Run a method through all tasks; returns the matrix of distances, row t after task t."""
     folder = Path(args.out) / f"{method}-{args.seed}"
@@ -125,8 +133,9 @@ def learn(method, tasks, args, first):
         halves = [(0.5, masked(0.75)), (0.5, [B16])] if method.endswith("+masked") else [(1, [B16])]
         for i, (share, mask) in enumerate(halves):
             start = f"--init_from={checkpoint}"
-            checkpoint, facts = train_for(60 * args.minutes * share, here / f"stage{i}", [*flags, start, *mask], log)
-            seconds.append(facts["wall"])
+            cost = cost_of([*flags, start, *mask], tasks, args, first["step_seconds"], log)
+            checkpoint, facts = train_for(60 * args.minutes * share, cost, here / f"stage{i}", [*flags, start, *mask], log)
+            seconds.append(facts["seconds"])
             stages.append({k: facts[k] for k in ("steps", "images_per_s", "peak_gb")})
         matrix.append(distances(checkpoint, tasks[: t + 1], here, args, log))
     return dict(method=method, seed=args.seed, matrix=matrix, stages=stages, seconds=sum(seconds),
@@ -196,14 +205,16 @@ def main():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         log = folder / "output.txt"
-        pt, _ = train_for(30 * args.minutes, folder / "stage0", [
-            *QUIET, f"--data={tasks[0]}", "--preset=demo", f"--seed={args.seed}", *masked(0.75),
-            *["--class_cond"] * args.class_cond], log)
-        checkpoint, _ = train_for(30 * args.minutes, folder / "stage1", [
-            *QUIET, B16, f"--data={tasks[0]}", f"--seed={args.seed}", f"--init_from={pt}"], log)
+        known, pt = cost_of([], tasks, args, None, log), None
+        for i, mask in enumerate((masked(0.75), [B16])):
+            start = [f"--init_from={pt}"] if i else ["--preset=demo", *["--class_cond"] * args.class_cond]
+            flags = [f"--data={tasks[0]}", f"--seed={args.seed}", *mask]
+            cost = cost_of([*flags, "--preset=demo"], tasks, args, known, log)
+            pt, _ = train_for(30 * args.minutes, cost, folder / f"stage{i}", [*flags, *start], log)
+        checkpoint = pt
         row = distances(checkpoint, tasks[:1], folder, args, log)
         (folder / "first.json").write_text(json.dumps(dict(
-            checkpoint=str(checkpoint), row=row, report=report_of(checkpoint, tasks[:1], log))))
+            checkpoint=str(checkpoint), step_seconds=known, row=row, report=report_of(checkpoint, tasks[:1], log))))
     first = json.loads((folder / "first.json").read_text())
     stored["first"] = {k: v for k, v in first.items() if k != "checkpoint"}
     mine = []

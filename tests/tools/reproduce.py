@@ -5,12 +5,14 @@ python tests/tools/reproduce.py transfer --data noto-emoji-64.zip --other twemoj
 python tests/tools/reproduce.py decoder --data noto-emoji-64.zip --size 32 --each 8 --seeds 2
 
 CLAIM names a table of CLAIMS below. Each row is a way of training: stages (share of its time, flags
-of train.py), from scratch or from the checkpoint of another row, and ways of sampling. Every stage
-is first run for a few steps to see how many fit into its time. --minutes is the whole call, of
-which 60 % are training; --each gives the training time of a row instead. Judged are the validation
-loss on whole images and --num samples: random-feature Frechet distance to the first 2000 training
-images; in some claims this and KID to the first --num. What is finished lies in OUT/CLAIM.json and
-is not run again, so an interrupted call goes on; OUT holds one comparison, of one data set.
+of train.py), from scratch or from the checkpoint of another row, and ways of sampling. Time is planned:
+first short runs of all stages take turns, and the least seconds of a step are its cost; a stage then
+gets as many steps as its time has room for. So the drift of the machine does not enter, rows can run
+side by side (--jobs), and "seconds" below are steps times cost. --minutes is the planned training of
+the whole call; --each gives that of a row instead. Judged are the validation loss on whole images and
+--num samples: random-feature Frechet distance to the first 2000 training images; in some claims this
+and KID to the first --num. What is finished lies in OUT/CLAIM.json and is not run again, so an
+interrupted call goes on; OUT holds one comparison, of one data set.
 """
 
 import argparse
@@ -24,7 +26,9 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,16 +36,16 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
+import curves
 import sample
 
 DECODER = ["--decoder_depth=2", "--decoder_dim=64", "--decoder_heads=2"]
 QUIET = ["--sample_every=0", "--save_every=0"]
 
 
-def row(*stages, start=None, time=1, on="data", draw=(["--steps=10"],), curve=False, once=False):
-    """A way of training: stages (share of its time, flags) on a data set, for `time` units.
+def row(*stages, start=None, time=1, on="data", draw=(["--steps=6"],), curve=False, once=False):
+    """A way of training: stages (share of its time, flags; equal steps cost the same) on a data set, for `time` units.
 
     once: with seed 0 only, and rows of all seeds start from that; or from --start in place of it.
     """
@@ -62,6 +66,11 @@ WHOLE = (0.5, [B16])  # the second half of the time
 BLOCK = masked(0.9, kind="block")
 WIDE = ["--p_mean=-0.4", "--p_std=1.6"]  # noise levels that decide the colours of the whole come more often
 DEMO = ["--preset=demo"]
+ADAMW = ["--optimizer=adamw"]
+# Whole images of which a quarter of the patches goes through blocks 1 to 4.
+ROUTED = [*masked(0.75, kind="block"), "--route=1,5", "--batch_size=4", "--lr=2e-3"]
+CM = ["--loss=consistency"]
+SCT = [*CM, "--ref_batch=256"]
 CLAIMS = {
     # How much sooner is equal quality there? The second row ends after half of the time.
     "speedup": dict(network=DEMO, rows={
@@ -69,21 +78,14 @@ CLAIMS = {
         "two stages": row((0.6, BLOCK), (0.4, WIDE), time=1 / 2, curve=True)}),
     # What the two stages should be like, each for the same time.
     "recipe": dict(network=DEMO, rows={
+        "two stages": row((2 / 3, BLOCK), (1 / 3, [])),
+        "both with AdamW": row((2 / 3, [*BLOCK, *ADAMW]), (1 / 3, ADAMW)),
+        "from averaged weights": row((2 / 3, BLOCK), (1 / 3, ["--init_weights=ema"])),
+        "then wide noise": row((2 / 3, BLOCK), (1 / 3, WIDE)),
+        "masked for half": two_stages(1 / 2, *BLOCK),
+        "routed between": row((2 / 3, BLOCK), (1 / 5, ROUTED), (2 / 15, [])),
         "from scratch": row((1, [])),
-        "from scratch, batch 2": row((1, ["--batch_size=2"])),
-        "from scratch, batch 16": row((1, [B16])),
-        "from scratch, wide noise": row((1, WIDE)),
-        "from scratch, then wide noise": row((2 / 3, []), (1 / 3, WIDE)),
-        **{f"0.9 for {name} of the time": two_stages(share, *BLOCK)
-           for name, share in {"1/3": 1 / 3, "2/3": 2 / 3, "5/6": 5 / 6}.items()},
-        "0.75 for 2/3": two_stages(2 / 3, *masked(0.75, kind="block")),
-        "0.9 for 2/3, patches": two_stages(2 / 3, *masked(0.9)),
-        "0.9 for 2/3, batch 16": two_stages(2 / 3, *BLOCK, B16),
-        "0.9 for 2/3, batch 96": two_stages(2 / 3, *BLOCK, "--batch_size=96"),
-        "0.9 for 2/3, then wide noise": row((2 / 3, BLOCK), (1 / 3, WIDE)),
-        "0.9 for 2/3, wide noise in both": row((2 / 3, [*BLOCK, *WIDE]), (1 / 3, WIDE)),
-        "0.9 to 0 in six stairs": row((1, [*BLOCK, "--mask_ratio_end=0", "--batch_size=32", "--lr=3e-3",
-                                           "--lr_schedule=cosine"]))}),
+        "from scratch, AdamW": row((1, ADAMW))}),
     # Masked pre-training on one set, then fine-tuning on few images of another.
     "transfer": dict(network=DEMO, rows={
         "pre-training": row((1, BLOCK), draw=()),
@@ -106,10 +108,9 @@ CLAIMS = {
     "consistency": dict(network=DEMO, kid=True, rows={
         "diffusion": row((0.5, masked(0.75)), WHOLE, once=True, draw=[["--steps=18"]] + [
             ["--sampler=euler", f"--steps={n}"] for n in (1, 2, 4, 8)]),
-        **{name: row((1, ["--loss=consistency", *flags]), start="diffusion", draw=(["--steps=1"], ["--steps=2"]))
-           for name, flags in {
-               "ECT": [], "SCT": ["--ref_batch=256"],
-               "SCT, masked 0.5 at first": ["--ref_batch=256", *masked(0.5, "--mask_ratio_end=0")]}.items()}}),
+        **{name: row(*stages, start="diffusion", draw=(["--steps=1"], ["--steps=2"]))
+           for name, stages in {"ECT": [(1, CM)], "SCT": [(1, SCT)],
+                                "SCT, masked 0.5 at first": [(0.5, [*SCT, *masked(0.5)]), (0.5, SCT)]}.items()}}),
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -147,37 +148,41 @@ def records(folder):
     return [r for r in map(json.loads, open(folder / "log.jsonl")) if "images_per_s" in r or "val_loss" in r]
 
 
-def train_for(seconds, out_dir, flags, log, curve=False, steps=None):
-    """Train for a given time, or so many steps; returns (checkpoint, facts).
+def step_seconds(commands, folder, log, rounds=3):
+    """The least seconds of a step of each list of flags of train.py, in short runs that take turns."""
+    least = {}
+    for _ in range(rounds):
+        for flags in commands:
+            call("train.py", *flags, f"--out_dir={folder}", *QUIET, "--steps=32", "--log_every=4", "--eval_every=0",
+                 log=log)
+            at = [r["seconds"] for r in records(folder) if "seconds" in r]
+            shutil.rmtree(folder)
+            pace = min((b - a) / 4 for a, b in zip(at, at[1:]))  # without the first steps, which warm up
+            least[tuple(flags)] = min(pace, least.get(tuple(flags), pace))
+    return least
 
-    If the time is missed by more than a third, because the machine had another speed during the
-    trial, the run was the trial of another one. With curve=True the facts have points [seconds of
-    training, validation loss], and the checkpoint kept in the middle.
+
+def train_for(seconds, cost, out_dir, flags, log, curve=False):
+    """Train for a planned time, at `cost` seconds a step; returns (checkpoint, facts).
+
+    With curve=True the facts have points [planned seconds, validation loss], and the checkpoint kept at three
+    quarters.
     """
-    command = ["train.py", *flags, f"--out_dir={out_dir}", "--log_every=10"]
-    n = steps
-    if not steps:
-        trial = out_dir / "trial"
-        # All of the trial but its first steps counts, because the steps of a mask schedule differ.
-        call(*command, "--eval_every=0", f"--out_dir={trial}", "--steps=102", "--log_every=2", log=log)
-        timed = {r["step"]: r["seconds"] for r in records(trial) if "seconds" in r}
-        n = max(10, round(100 * seconds / (timed[102] - timed[2])))
+    n = max(10, round(seconds / cost))
     every = max(10, n // 40 * 10) if curve else 0  # four times, and at the end
     begun = time.time()
-    _, memory = call(*command, f"--steps={n}", f"--eval_every={every}", f"--keep_every={3 * every}", log=log)
+    _, memory = call("train.py", *flags, f"--out_dir={out_dir}", *QUIET, f"--steps={n}", "--log_every=10",
+                     f"--eval_every={every}", f"--keep_every={3 * every}", log=log)
     found = records(out_dir)
     losses = {r["step"]: r["val_loss"] for r in found if "val_loss" in r}
-    rates = [r for r in found if "images_per_s" in r]
-    if not steps and not 2 / 3 < rates[-1]["seconds"] / seconds < 3 / 2:
-        shutil.rmtree(out_dir)
-        return train_for(seconds, out_dir, flags, log, curve, max(10, round(n * seconds / rates[-1]["seconds"])))
     checkpoint = max(out_dir.glob("??.pt"), key=os.path.getmtime)
-    facts = dict(steps=n, images_per_s=rates[-1]["images_per_s"], seconds=rates[-1]["seconds"],
-                 wall=time.time() - begun, peak_gb=memory, val_loss=losses[max(losses)])
+    config = sample.load_checkpoint(checkpoint)["config"]
+    took = [r["seconds"] for r in found if "seconds" in r][-1]
+    facts = dict(steps=n, cost_ms=1e3 * cost, seconds=n * cost, images_per_s=config["batch_size"] / cost, took=took,
+                 wall=time.time() - begun, peak_gb=memory, val_loss=losses[n])
     if curve:
-        facts["curve"] = [[r["seconds"], losses[r["step"]]] for r in rates if r["step"] in losses]
-        facts["kept"] = [[r["seconds"], str(p)] for r in rates if r["step"] <= 4 * every
-                         for p in out_dir.glob(f"??-{r['step']:07d}.pt")]
+        facts["curve"] = [[step * cost, loss] for step, loss in losses.items() if step < n]
+        facts["kept"] = [[int(p.stem[-7:]) * cost, str(p)] for p in out_dir.glob("??-*.pt")]
     return checkpoint, facts
 
 
@@ -236,25 +241,30 @@ def folder_of(args, name, seed):
     return Path(args.out) / args.claim / f"{name.replace(' ', '-').replace(',', '').replace('/', '-')}-{seed}"
 
 
-def run_row(name, seed, args):
+def flags_of(way, flags, args):
+    """A stage's flags for train.py, but for where it starts, the seed and the number of steps."""
+    network = CLAIMS[args.claim]["network"] + ([f"--patch_size={args.patch_size}"] if args.patch_size else [])
+    if args.batch_size:  # a row's own comes later, and counts
+        hidden = any(f.startswith("--mask_ratio=") for f in flags)
+        flags = [f"--batch_size={args.batch_size * (12 if hidden else 1)}", *flags]
+    return [f"--data={data_set(way['on'], args)}", *network, *flags]
+
+
+def run_row(name, seed, args, costs):
     claim, out_dir = CLAIMS[args.claim], folder_of(args, name, seed)
     shutil.rmtree(out_dir, ignore_errors=True)
     out_dir.mkdir(parents=True)
     way, log, stages, before = claim["rows"][name], out_dir / "output.txt", [], 0
     ready = way["once"] and args.start
     checkpoint = ready or (folder_of(args, way["start"], seed) / "final.pt" if way["start"] else None)
-    network = claim["network"] + ([f"--patch_size={args.patch_size}"] if args.patch_size else [])
-    for i, (share, flags) in enumerate(() if ready else way["stages"]):  # the network comes with a checkpoint
-        if args.batch_size:  # a row's own comes later, and counts
-            hidden = any(f.startswith("--mask_ratio=") for f in flags)
-            flags = [f"--batch_size={args.batch_size * (12 if hidden else 1)}", *flags]
-        start = [f"--init_from={checkpoint}"] if checkpoint else network
-        checkpoint, facts = train_for(args.unit * way["time"] * share, out_dir / f"stage{i + 1}", [
-            f"--data={data_set(way['on'], args)}", f"--seed={seed}", *QUIET, *start, *flags], log, way["curve"],
-            args.steps and way["start"] and max(10, round(args.steps * share)))
+    for i, (share, flags) in enumerate(() if ready else way["stages"]):
+        flags = flags_of(way, flags, args)
+        start = [f"--init_from={checkpoint}"] if checkpoint else []
+        checkpoint, facts = train_for(args.unit * way["time"] * share, costs["/".join(flags[1:])], out_dir / f"stage{i + 1}",
+                                      [*flags, f"--seed={seed}", *start], log, way["curve"])
         for at, kept in facts.pop("kept", ()):
             facts.setdefault("fd_curve", []).append([before + at, distances(
-                kept, out_dir / f"samples{before + at:.0f}", [f"--seed={seed}", "--steps=10"], way["on"], args,
+                kept, out_dir / f"samples{before + at:.0f}", [f"--seed={seed}", "--steps=6"], way["on"], args,
                 log)["fd"]])
         facts["curve"] = [[before + at, loss] for at, loss in facts.get("curve", ())]
         stages.append(facts)
@@ -351,34 +361,11 @@ def time_ratios(results, slow="from scratch", fast="two stages"):
     return "\n".join(lines)
 
 
-def plot(path, results, key, title, size=(640, 400)):
-    """Draw a measure against seconds of training, both logarithmic, a line for each row and seed."""
-    image = Image.new("RGB", size, "white")
-    draw, names = ImageDraw.Draw(image), list(dict.fromkeys(r["row"] for r in results))
-    curves = [(r["row"], [p for p in points(r, key) if min(p) > 0]) for r in results]
-    x, y = zip(*(p for _, curve in curves for p in curve))
-    box = 60, 40, size[0] - 20, size[1] - 40
-    spans = [(math.log(min(v)) - 0.05, math.log(max(v)) + 0.05) for v in (x, y)]
-
-    def place(px, py):
-        fx, fy = ((math.log(v) - low) / (high - low) for v, (low, high) in zip((px, py), spans))
-        return box[0] + fx * (box[2] - box[0]), box[3] - fy * (box[3] - box[1])
-
-    draw.rectangle(box, outline="black")
-    draw.text((box[0], 10), f"{title} against seconds of training", "black")
-    for (low, high), is_x in zip(spans, (True, False)):
-        for i in range(5):
-            v = math.exp(low + (high - low) * i / 4)
-            at = place(v, min(y)) if is_x else place(min(x), v)
-            draw.text((at[0] - 10, box[3] + 6) if is_x else (8, at[1] - 6), f"{v:.3g}", "black")
-    for name, curve in curves:
-        colour = ("#d1495b", "#00798c", "#edae49", "#30638e")[names.index(name) % 4]
-        draw.line([place(*p) for p in curve], colour, 2)
-        for p in curve:
-            a, b = place(*p)
-            draw.ellipse((a - 3, b - 3, a + 3, b + 3), colour)
-        draw.text((box[2] - 140, box[1] + 8 + 14 * names.index(name)), name, colour)
-    sample.replace_file(path, lambda f: image.save(f, "PNG"))
+def plot(path, results, key, title):
+    """Draw a measure against planned seconds, a line for each row and seed."""
+    names = list(dict.fromkeys(r["row"] for r in results))
+    lines = [(r["row"], names.index(r["row"]), points(r, key), True) for r in results]
+    curves.draw(path, lines, f"{title} against planned seconds of training")
 
 
 def main():
@@ -391,12 +378,12 @@ def main():
     parser.add_argument("--size", type=int, help="pixels a side, for images that are not prepared")
     parser.add_argument("--patch_size", type=int, help="another one than the claim's")
     parser.add_argument("--batch_size", type=int, help="of whole images; of masked ones 12 times as many")
-    parser.add_argument("--minutes", type=float, default=40, help="of the whole call")
-    parser.add_argument("--each", type=float, help="minutes of training of each row, instead")
-    parser.add_argument("--steps", type=int, help="of a row that starts from another, in place of a time: where steps "
-                        "cost about the same, a fairer measure on a machine whose speed drifts")
+    parser.add_argument("--minutes", type=float, default=40, help="of training, all rows and seeds")
+    parser.add_argument("--each", type=float, help="minutes of training of a row of one unit, instead")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time, each with its share of the cores")
+    parser.add_argument("--only", default="", help="rows whose names this regular expression finds")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--num", type=int, default=500, help="samples of each Frechet distance")
+    parser.add_argument("--num", type=int, default=1000, help="samples of each Frechet distance")
     parser.add_argument("--out", help="default: out/reproduce/CLAIM-DATA")
     args = parser.parse_args()
     if args.start and not os.path.isfile(args.start):
@@ -404,10 +391,10 @@ def main():
     args.out = os.path.abspath(args.out or f"out/reproduce/{args.claim}-{Path(args.data).stem}")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     rows = CLAIMS[args.claim]["rows"]
-    args.unit = 60 * (args.each or 0.6 * args.minutes / args.seeds / sum(r["time"] for r in rows.values()))
+    args.unit = 60 * (args.each or args.minutes / args.seeds / sum(r["time"] for r in rows.values()))
     about = dict(claim=args.claim, data=Path(args.data).name, other=args.other and Path(args.other).name,
                  start=args.start and Path(args.start).name, size=args.size, patch_size=args.patch_size,
-                 batch_size=args.batch_size, num=args.num, steps=args.steps, minutes=args.unit / 60)
+                 batch_size=args.batch_size, num=args.num, minutes=args.unit / 60)
     done = Path(args.out, args.claim + ".json")
     stored = json.loads(done.read_text()) if done.exists() else dict(about, results=[])
     if differ := [k for k in about if stored.get(k) != about[k]]:
@@ -416,21 +403,50 @@ def main():
     stored["command"] = " ".join(["python tests/tools/reproduce.py", *(
         re.sub("(^|=)/.*/", r"\1", a) for before, a in zip(sys.argv, sys.argv[1:])  # files by their names
         if "--out" not in (before, a) and not a.startswith("--out="))])
-    results = stored["results"]
-    failed = []
-    for seed, name in itertools.product(range(args.seeds), rows):
-        if (seed and rows[name]["once"]) or any((r["row"], r["seed"]) == (name, seed) for r in results):
-            continue
+    rows = {name: way for name, way in rows.items() if re.search(args.only, name)}
+    results, failed = stored["results"], []
+    costs = stored.setdefault("cost_seconds", {})  # by the flags; a call that goes on plans as before
+    needed = {"/".join(f[1:]): f for way in rows.values() for f in [flags_of(way, flags, args) for _, flags in way["stages"]]}
+    if missing := [f for key, f in needed.items() if key not in costs]:
+        known = [needed[key] for key in needed if key in costs][:1]  # tells how fast the machine is now
+        paces = step_seconds(known + missing, Path(args.out, "trial"), args.out + "/output.txt")
+        now = costs["/".join(known[0][1:])] / paces[tuple(known[0])] if known else 1
+        costs.update({"/".join(f[1:]): now * paces[tuple(f)] for f in missing})
+        done.write_text(json.dumps(stored, indent=1))
+    if args.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
+    todo = [(name, seed) for seed, name in itertools.product(range(args.seeds), rows)
+            if not (seed and rows[name]["once"]) and not any((r["row"], r["seed"]) == (name, seed) for r in results)]
+    for way in rows.values():  # before several rows need it at once
+        CLAIMS[args.claim].get("kid") or reference(way["on"], args)
+    ended, lock = {task: threading.Event() for task in todo}, threading.Lock()
+
+    def attempt(task):
+        name, seed = task
+        start = rows[name]["start"]
+        for before in ((start, seed), (start, 0)):
+            if before in ended:
+                ended[before].wait()
         try:
-            found = run_row(name, seed, args)
+            found = run_row(name, seed, args, costs)
         except SystemExit as e:  # the others may run
             failed.append(f"{name}, seed {seed}: {e}")
-            continue
-        results.append(found)
-        results.sort(key=lambda r: (list(rows).index(r["row"]), r["seed"]))
-        done.write_text(json.dumps(stored, indent=1))
-        print(f"{name}, seed {seed}: validation loss {found['val_loss']}, random-feature FD "
-              + ", ".join(f"{d['fd']:.4g}" for d in found["drawn"]), file=sys.stderr, flush=True)
+        else:
+            with lock:
+                results.append(found)
+                results.sort(key=lambda r: (list(CLAIMS[args.claim]["rows"]).index(r["row"]), r["seed"]))
+                done.write_text(json.dumps(stored, indent=1))
+            print(f"{name}, seed {seed}: validation loss {found['val_loss']}, random-feature FD "
+                  + ", ".join(f"{d['fd']:.4g}" for d in found["drawn"]), file=sys.stderr, flush=True)
+        finally:
+            ended[task].set()
+
+    if args.jobs > 1:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(attempt, todo))
+    else:
+        for task in todo:
+            attempt(task)
     print(table(results))
     picture(args, results)
     if any(way["curve"] for way in rows.values()):
