@@ -354,9 +354,9 @@ def main(argv=None):
     if cfg.distill_from:
         teacher, theirs = sample.load_denoiser(cfg.distill_from, "ema", device)
         classes = (theirs.get("class_names") or []) if cfg.class_cond else []
+        kinds = {(c.grid, c.latent, c.consistency) for c in (config, teacher.config)}
         need(cfg.replay and cfg.loss == "diffusion" and classes == names[: len(classes)] and
-             not teacher.config.consistency and teacher.config.latent == config.latent,
-             f"{cfg.distill_from} needs --replay, and both a diffusion model of such images")
+             len(kinds) == 1, f"{cfg.distill_from} needs --replay, diffusion and a model like this")
     share, values = cfg.batch_size // world, stream.visible * config.dim
     fits = [m for m in range(1, share + 1) if share % m == 0 and m * values <= 2**20]  # cache
     micro = cfg.micro_batch or (max(fits, default=1) if device.type == "cpu" else share)

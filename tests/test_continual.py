@@ -138,7 +138,7 @@ def test_a_step_pulls_by_the_gradient_of_the_penalty_whatever_the_clipping(tasks
     free = tune(tasks, "one step", *flags)["model"]
     pulled = tune(tasks, "pulled", *flags, "--l2=0.2", "--ewc=0.3", f"--anchor={tasks}/second/ft.pt",
                   f"--ewc_data={tasks}/set0,{tasks}/set1")["model"]
-    start, anchor = (load_checkpoint(f"{tasks}/{name}/ft.pt")["ema"] for name in ("first", "second"))
+    start, anchor = (load_checkpoint(f"{tasks}/{name}/ft.pt")["model"] for name in ("first", "second"))
     g.manual_seed(0)
     for n, theta in start.items():
         theta = theta.clone().requires_grad_()
@@ -228,7 +228,7 @@ def test_old_images_aim_at_the_teachers_answer_and_new_ones_at_themselves(tasks,
         assert torch.allclose(batch["target"][i], answer, atol=1e-5)
     assert not torch.allclose(batch["target"][7:], batch["clean"][7:], atol=0.1)
     # The loss: the mean of the new ones and 0.3 times that of the old ones, in whatever parts.
-    student, _ = sample.load_denoiser(f"{tasks}/first/ft.pt")
+    student, _ = sample.load_denoiser(f"{tasks}/first/ft.pt", "raw")
     del batch["target"], parts[:]
     x = batch["clean"] + batch["sigma"].view(-1, 1, 1) * batch["noise"]
     target = torch.cat([batch["clean"][:7], teacher(x, batch["sigma"], batch["visible"])[7:]])

@@ -301,7 +301,7 @@ def test_stage_2_starts_from_the_raw_weights_of_stage_1_or_their_average(dataset
 
 def test_training_learns(dataset, tmp_path):
     train.main([f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=24", "--steps=250",
-                "--log_every=1"] + TINY + ["--lr=5e-3"])
+                "--log_every=1"] + TINY + ["--lr=1e-2"])
     curve = losses(tmp_path)
     first, last = (np.mean([curve[s] for s in r]) for r in (range(1, 11), range(241, 251)))
     assert last < 0.5 * first
@@ -549,7 +549,7 @@ def test_a_model_keeps_the_classes_it_knows_by_name(dataset, tmp_path, capsys, m
     assert "begins afresh: c\n" in capsys.readouterr().err
     first, second = (load_checkpoint(str(tmp_path / f"{n}.pt")) for n in ("first", "ft"))
     assert second["class_names"] == ["a", "b", "c"] and second["architecture"]["num_classes"] == 3
-    old, new = (c["model"]["net.labels.weight"] for c in (first | {"model": first["ema"]}, second))
+    old, new = (c["model"]["net.labels.weight"] for c in (first, second))
     assert torch.equal(new[[0, 1, 3]], old) and new[2].abs().sum() > 0  # a, b and "no class"
     # The labels that the network is given are numbered likewise.
     load, seen = train.Stream.load, []
@@ -624,12 +624,12 @@ def test_a_decoder_can_be_dropped_or_added_when_tuning(dataset, tmp_path, capsys
     wide, plain = (load_checkpoint(str(tmp_path / f"{n}.pt")) for n in ("pt", "ft"))
     assert "net.mask_token" not in plain["model"] and "net.mask_token" in wide["model"]
     for name in plain["model"]:
-        assert torch.equal(plain["model"][name], wide["ema"][name]), name
+        assert torch.equal(plain["model"][name], wide["model"][name]), name
     train.main(args + ["--steps=1", "--lr=0", f"--init_from={tmp_path}/ft.pt", "--decoder_depth=2", *masked])
     assert "decoder_embed.weight, decoder_modulation.bias, decoder_modulation.weight, mask_token" in capsys.readouterr().err
     added = load_checkpoint(str(tmp_path / "pt.pt"))
     assert added["architecture"]["decoder_depth"] == 2
-    assert torch.equal(added["model"]["net.embed.weight"], plain["ema"]["net.embed.weight"])
+    assert torch.equal(added["model"]["net.embed.weight"], plain["model"]["net.embed.weight"])
 
 
 def test_the_reconstruction_loss_has_its_weight(dataset):
@@ -849,11 +849,12 @@ def test_two_processes_give_the_loss_curve_and_gradients_of_one(pairs, name):
     one, two = (losses(pairs / f"{name}-{n}", stage) for n in (1, 2))
     assert list(one) == list(two) == list(range(1, 9))
     assert np.allclose(list(one.values()), list(two.values()), rtol=1e-4)
-    # The optimizers hide errors of scale; their first moment after one step is a tenth of the gradient.
-    a, b = (load_checkpoint(str(pairs / f"{name}-{n}/{stage}-0000001.pt"))["optimizer"][0]["state"] for n in (1, 2))
-    for i in a:
-        scale = a[i]["exp_avg"].abs().max()
-        assert (a[i]["exp_avg"] - b[i]["exp_avg"]).abs().max() <= 1e-4 * scale
+    # The optimizers hide errors of scale; their first moment after one step is a share of the gradient.
+    a, b = ([state.get("momentum", state.get("exp_avg")) for stored in load_checkpoint(
+        str(pairs / f"{name}-{n}/{stage}-0000001.pt"))["optimizer"] for state in stored["state"].values()] for n in (1, 2))
+    assert len(a) == len(b) > 20
+    for one, two in zip(a, b):
+        assert (one - two).abs().max() <= 1e-4 * one.abs().max()
     norms = [[r["grad_norm"] for r in records(pairs / f"{name}-{n}") if "grad_norm" in r] for n in (1, 2)]
     assert np.allclose(*norms, rtol=1e-3)
 
@@ -905,9 +906,9 @@ def test_optimizer_settings_changed_at_resume_take_effect(dataset, tmp_path):
     train.main(args + ["--steps=1"])
     train.main([f"--out_dir={tmp_path}", "--resume", "--steps=2", "--weight_decay=0.5", "--beta2=0.9", "--lr=0.25",
                 "--warmup=0", "--lr_schedule=constant"])
-    (state,) = load_checkpoint(str(tmp_path / "ft.pt"))["optimizer"]
-    group = state["param_groups"][0]
-    assert group["weight_decay"] == 0.5 and tuple(group["betas"]) == (0.9, 0.9) and group["lr"] == 0.25
+    muon, adamw = (state["param_groups"][0] for state in load_checkpoint(str(tmp_path / "ft.pt"))["optimizer"])
+    assert tuple(adamw["betas"]) == (0.9, 0.9)
+    assert all(group["weight_decay"] == 0.5 and group["lr"] == 0.25 for group in (muon, adamw))
 
 
 def test_a_moved_run_goes_on_where_it_is_now(dataset, tmp_path):
