@@ -426,7 +426,7 @@ class Muon(torch.optim.Optimizer):
                 x = [m.mT if m.shape[0] > n else m for m in x]
                 square = torch.stack([m @ m.mT for m in x])
                 norm = square.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-30).view(-1, 1, 1)
-                square, root = square / norm, torch.eye(n).to(norm) / norm.sqrt()
+                square, root = square / norm, torch.eye(n, device=norm.device) / norm.sqrt()
                 for _ in range(5):  # singular values of root @ x towards 1 (Newton-Schulz)
                     factor = torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
                     factor.diagonal(dim1=1, dim2=2).add_(3.4445)

@@ -17,7 +17,7 @@ import train
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 STEPS = 3
 # Settings whose defaults depend on the device, and the small network.
-SAME = ["--batch_size=12", f"--steps={STEPS}", "--log_every=1", "--lr_schedule=constant", "--beta1=0.9",
+SAME = ["--optimizer=muon", "--batch_size=12", f"--steps={STEPS}", "--log_every=1", "--lr_schedule=constant", "--beta1=0.9",
         "--grad_clip=1", "--cm_stages=4", "--no-compile", *[flag for flag in TINY if "device" not in flag]]
 MASKED = ["--mask_ratio=0.5", "--mask_type=patch"]
 RUNS = {

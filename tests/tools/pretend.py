@@ -157,7 +157,8 @@ def run(job, scripts):
     train.fisher_information = lambda denoiser, config, batch, autocast: importance(  # 512 images would take long
         denoiser, config, {k: t if t is None else t[:8] for k, t in batch.items()}, autocast)
     train.ThreadPoolExecutor = lambda n: pool(n, initializer=pretend)  # modes are those of a thread
-    train.learning_rate = lambda cfg, step, lr: (waits.append([]), rate(cfg, step, lr))[1]  # a new step
+    train.learning_rate = lambda cfg, step, lr: (  # asked once or more a step
+        step < len(waits) - 1 or waits.append([]), rate(cfg, step, lr))[1]
     pretend()
     with torch.autocast("gpu", enabled=False):
         importlib.import_module(job["script"]).main(job["args"])
