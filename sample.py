@@ -243,7 +243,7 @@ def main(argv=None):
     add("out", "out/samples.png", ".png: a grid; .npz: arr_0; else a folder of PNGs")
     add("weights", "ema", "of the checkpoint", choices=("ema", "raw"))
     add("labels", None, "names or numbers of classes, cycled; data: in its shares; default: all")
-    add_flags(parser, batch_size=64)
+    add_flags(parser, batch_size=64 if torch.cuda.is_available() else 8)  # caches are small
     args = parser.parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
