@@ -87,14 +87,15 @@ def make(size, channels, patch_size, dim, depth, heads, visible):
 def test_another_network_is_timed_in_turns_with_ours(tmp_path):
     (tmp_path / "other.py").write_text(ADAPTER)
     config = model.ModelConfig(**model.PRESETS["maskdm-64"] | dict(image_size=16, dim=32, depth=1, heads=1))
-    rows = dict(bench.against(str(tmp_path / "other.py"), "float32", 1, "batch 8, ratio 0.5"))
+    rows = dict(bench.against(str(tmp_path / "other.py"), torch.float32, 1, "batch 8, ratio 0.5"))
     (values,) = rows.values()
     assert values["theirs_m_weights"] == pytest.approx((768 * 1000 + 1000) / 1e6)
+    assert bench.against_table([values]).splitlines()[2].startswith(f"| other, 8 | {values['theirs_ms'] / 1e3:.3g} s, ours ")
     assert values["ours_m_weights"] == pytest.approx(sum(p.numel() for p in model.Denoiser(config).parameters()) / 1e6)
     assert values["times_faster"] == pytest.approx(values["theirs_ms"] / values["ours_ms"]) and values["ours_gb"] > 0.05
     (tmp_path / "broken.py").write_text("def make(*sizes):\n    raise ValueError('no')\nCONFIG = dict(dim=32, heads=1)\n")
-    with pytest.raises(SystemExit, match="broken.py: the network of batch 8, ratio 0.5 could not be made"):
-        bench.against(str(tmp_path / "broken.py"), "float32", 1, "batch 8, ratio 0.5")
+    with pytest.raises(SystemExit, match="broken.py: the network of broken, batch 8, ratio 0.5 could not be made"):
+        bench.against(str(tmp_path / "broken.py"), torch.float32, 1, "batch 8, ratio 0.5")
 
 
 def test_our_step_beside_another_shows_and_learns_what_train_py_does(tmp_path):

@@ -27,6 +27,7 @@ MAKERS = {
     "agreement": lambda r: label_agreement.table(r["results"]),
     "speed": lambda r: bench.summary(r["results"]),
     "demo": lambda r: bench.demo_table(r["results"]),
+    "against": lambda r: bench.against_table(r["results"]),
 }
 
 

@@ -15,7 +15,7 @@ The file of --against makes the other network. It has a function
     make(size, channels, patch_size, dim, depth, heads, visible) -> module, loss
 
 where loss(images), a scalar, is that of a batch (B, channels, size, size) in [-1, 1] of whose patches `visible` are
-seen, and may have CONFIG, a dict of what differs from --preset=maskdm-64 at 64 px in our ModelConfig.
+seen. It may have NAME, and CONFIG, a dict of what differs from --preset=maskdm-64 at 64 px in our ModelConfig.
 """
 
 import argparse
@@ -253,14 +253,14 @@ def take_steps(path, whose, batch, ratio, dtype):
 
 
 def against(path, dtype, repeats, only=""):
-    """Rows of (case, values): seconds of a step of each network, taken in turns, the minimum of `repeats`."""
-    rows = []
+    """Rows of (case, values): a step of each network, taken in turns, the minimum of `repeats`; peak memory."""
+    rows, network = [], getattr(load_adapter(path), "NAME", Path(path).stem)
     for batch, ratio in ((b, r) for b in (8, 64) for r in (0, 0.5, 0.9)):
-        name = f"batch {batch}, ratio {ratio}"
+        name = f"{network}, batch {batch}, ratio {ratio}"
         if only not in name:
             continue
         command = [sys.executable, __file__, "--take"]
-        both = [subprocess.Popen([*command, json.dumps([path, whose, batch, ratio, dtype])], stdin=subprocess.PIPE,
+        both = [subprocess.Popen([*command, json.dumps([path, whose, batch, ratio, str(dtype)[6:]])], stdin=subprocess.PIPE,
                                  stdout=subprocess.PIPE, text=True) for whose in ("ours", "theirs")]
         weights, times = [p.stdout.readline() for p in both], ([], [])
         if "" in weights:
@@ -274,7 +274,7 @@ def against(path, dtype, repeats, only=""):
                 seconds.append(float(p.stdout.readline()))
         peaks = [float(p.communicate()[0]) for p in both]
         ours, theirs = (min(t[1:]) for t in times)
-        rows.append((name, dict(ours_ms=ours * 1e3, theirs_ms=theirs * 1e3, times_faster=theirs / ours,
+        rows.append((name, dict(network=network, batch=batch, ratio=ratio, dtype=str(dtype)[6:], ours_ms=ours * 1e3, theirs_ms=theirs * 1e3, times_faster=theirs / ours,
                                 ours_gb=peaks[0] / 1e9, theirs_gb=peaks[1] / 1e9, ours_m_weights=int(weights[0]) / 1e6,
                                 theirs_m_weights=int(weights[1]) / 1e6)))
     return rows
@@ -595,6 +595,20 @@ def summary(results):
     return "\n".join(lines)
 
 
+def against_table(results):
+    """The table of README from what --json stored of steps --against."""
+    ratios = sorted({r["ratio"] for r in results})
+    lines = ["| network, batch | " + " | ".join(f"ratio {ratio}" for ratio in ratios) + " | peak memory |",
+             "|---" * (len(ratios) + 2) + "|"]
+    for network, batch in dict.fromkeys((r["network"], r["batch"]) for r in results):
+        rows = {r["ratio"]: r for r in results if (r["network"], r["batch"]) == (network, batch)}
+        cells = [f"{r['theirs_ms'] / 1e3:.3g} s, ours {r['ours_ms'] / 1e3:.3g} s: {r['times_faster']:.2f}"
+                 for r in (rows[ratio] for ratio in ratios)]
+        most = [max(r[f"{whose}_gb"] for r in rows.values()) for whose in ("theirs", "ours")]
+        lines.append(f"| {network}, {batch} | {' | '.join(cells)} | {most[0]:.2g} GB, ours {most[1]:.2g} GB |")
+    return "\n".join(lines)
+
+
 def demo_table(results):
     """The table of README from what --json stored of the section demo."""
     lines = ["| all four scripts | stage 1 | validation loss | stage 2 | validation loss |", "|---" * 5 + "|"]
@@ -632,7 +646,7 @@ def main():
     parser.add_argument("section", nargs="*", help=f"of {', '.join(CASES)} (default: all)")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--json", help="file for the results, the commit and the machine")
-    parser.add_argument("--against", help="file that makes another network, for the section steps")
+    parser.add_argument("--against", nargs="+", help="files that make other networks, for the section steps")
     parser.add_argument("--dtype", default="auto", help="of --against: float32, bfloat16")
     parser.add_argument("--repeats", type=int, default=3, help="of --against: steps of each")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -654,7 +668,8 @@ def main():
             continue
         print(f"\n## {section}\n")
         if args.against and section == "steps":
-            rows = against(args.against, args.dtype, args.repeats, args.only)
+            dtype = sample.pick_dtype(args.dtype, DEVICE)
+            rows = [row for path in args.against for row in against(path, dtype, args.repeats, args.only)]
             table(rows)
         else:
             rows = [(name, run_case(section, case)) for name, case in cases.items()]
