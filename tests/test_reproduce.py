@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset
+from conftest import TINY, make_dataset
 from PIL import Image
 
 import continual
@@ -111,25 +111,36 @@ def test_costs_are_the_least_of_runs_that_take_turns_and_plan_the_steps(tmp_path
     """The machine slows down by half in the second round, for all alike, and one step in a run is late."""
     turns, paces = [], {"--batch_size=4": 0.25, "--batch_size=8": 0.5}
 
+    def step_times(flags, folder, log):
+        turns.extend(flags)
+        pace, slow = paces[flags[0]], 2 if len(turns) in (3, 4) else 1
+        return [3 + (i + (i > 8)) * pace * slow for i in range(4, 36, 4)]
+
     def call(script, *flags, log):
         options = dict(f[2:].split("=") for f in flags)
-        turns.append(f"--batch_size={options['batch_size']}")
-        folder, n, every = Path(options["out_dir"]), int(options["steps"]), int(options["log_every"])
-        folder.mkdir(parents=True, exist_ok=True)
-        pace, slow = paces[turns[-1]], 2 if len(turns) in (3, 4) else 1
-        lines = [dict(step=i, images_per_s=1, seconds=3 + (i + (i > 8)) * pace * slow) for i in range(every, n + 1, every)]
-        (folder / "log.jsonl").write_text("\n".join(map(json.dumps, [*lines, dict(step=n, val_loss=0.5)])))
+        folder, n = Path(options["out_dir"]), int(options["steps"])
+        folder.mkdir(parents=True)
+        lines = [dict(step=n, images_per_s=1, seconds=450.0), dict(step=n, val_loss=0.5)]
+        (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
         torch.save(dict(model={}, architecture=dict(dim=32), config=dict(batch_size=int(options["batch_size"]))),
                    folder / "ft.pt")
         return "", 1.0
 
     monkeypatch.setattr(reproduce, "call", call)
+    monkeypatch.setattr(reproduce, "step_times", step_times)
     commands = [[flag] for flag in paces]
     found = reproduce.step_seconds(commands, tmp_path / "trial", tmp_path / "log")
-    assert found == {(flag,): pytest.approx(pace) for flag, pace in paces.items()}
-    assert turns == list(paces) * 3 and not (tmp_path / "trial").exists()
+    assert found == {(flag,): pytest.approx(pace) for flag, pace in paces.items()} and turns == list(paces) * 3
     checkpoint, facts = reproduce.train_for(400, 0.5, tmp_path / "stage1", commands[1], tmp_path / "log")
-    assert (facts["steps"], facts["seconds"], facts["images_per_s"]) == (800, 400, 16) and facts["took"] > 400
+    assert (facts["steps"], facts["seconds"], facts["images_per_s"], facts["took"]) == (800, 400, 16, 450)
+
+
+def test_a_short_run_tells_its_seconds_and_is_stopped(tmp_path):
+    data = make_dataset(tmp_path / "set", n=30)
+    at = reproduce.step_times([f"--data={data}", *TINY], tmp_path / "trial", tmp_path / "log", points=3)
+    assert len(at) >= 3 and at == sorted(at) and not (tmp_path / "trial").exists()
+    with pytest.raises(SystemExit, match="train.py failed: .*nowhere"):
+        reproduce.step_times([f"--data={tmp_path}/nowhere"], tmp_path / "trial", tmp_path / "log")
 
 
 def test_rows_side_by_side_wait_for_where_they_start(tmp_path, monkeypatch):
@@ -208,6 +219,7 @@ def called(monkeypatch, capsys):
 
     for module in (reproduce, continual):
         monkeypatch.setattr(module, "call", call)
+    monkeypatch.setattr(reproduce, "step_times", lambda *_: [0.0, 0.1, 0.2])
     before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     yield run
     for number, handler in before:  # those of train.py stay behind

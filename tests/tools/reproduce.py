@@ -147,15 +147,29 @@ def records(folder):
     return [r for r in map(json.loads, open(folder / "log.jsonl")) if "images_per_s" in r or "val_loss" in r]
 
 
+def step_times(flags, folder, log, points=8):
+    """Seconds of training after each four steps of a run of train.py, which is stopped when there are so many."""
+    command = ["train.py", *flags, f"--out_dir={folder}", *QUIET, "--steps=1000000", "--log_every=4", "--eval_every=0"]
+    at = []
+    with open(log, "a") as err:
+        p = subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]], stdout=subprocess.DEVNULL, stderr=err)
+        while len(at) < points and p.poll() is None:
+            time.sleep(0.2)
+            at = [r["seconds"] for r in records(folder) if "seconds" in r] if Path(folder, "log.jsonl").exists() else []
+        p.terminate()
+        p.wait()
+    shutil.rmtree(folder, ignore_errors=True)
+    if len(at) < points:
+        sys.exit(f"train.py failed: {Path(log).read_text().strip().splitlines()[-1]} (all of it in {log})")
+    return at
+
+
 def step_seconds(commands, folder, log, rounds=3):
     """The least seconds of a step of each list of flags of train.py, in short runs that take turns."""
     least = {}
     for _ in range(rounds):
         for flags in commands:
-            call("train.py", *flags, f"--out_dir={folder}", *QUIET, "--steps=32", "--log_every=4", "--eval_every=0",
-                 log=log)
-            at = [r["seconds"] for r in records(folder) if "seconds" in r]
-            shutil.rmtree(folder)
+            at = step_times(flags, folder, log)
             pace = min((b - a) / 4 for a, b in zip(at, at[1:]))  # without the first steps, which warm up
             least[tuple(flags)] = min(pace, least.get(tuple(flags), pace))
     return least
