@@ -357,8 +357,8 @@ def main(argv=None):
         kinds = {(c.grid, c.latent, c.consistency) for c in (config, teacher.config)}
         need(cfg.replay and cfg.loss == "diffusion" and classes == names[: len(classes)] and
              len(kinds) == 1, f"{cfg.distill_from} needs --replay, diffusion and a model like this")
-    share, values = cfg.batch_size // world, stream.visible * config.dim
-    fits = [m for m in range(1, share + 1) if share % m == 0 and m * values <= 2**20]  # cache
+    share, tokens = cfg.batch_size // world, config.grid**2 if config.takes_all else stream.visible
+    fits = [m for m in range(1, share + 1) if share % m == 0 and m * tokens * config.dim <= 2**20]
     micro = cfg.micro_batch or (max(fits, default=1) if device.type == "cpu" else share)
     need(share and cfg.batch_size % (world * micro) == 0, f"batch_size {cfg.batch_size} is not "
          f"divisible by {world} processes x micro_batch {micro}: change one of the three")
@@ -408,7 +408,7 @@ def main(argv=None):
     @torch.no_grad()
     def evaluate():  # the EMA weights
         total, n = 0.0, len(validation["clean"])
-        size = max(1, min(64, micro * stream.visible // config.grid**2))  # as in training
+        size = max(1, min(64, micro * tokens // config.grid**2))  # as in training
         for i in range(0, n, size):
             part = {k: t if t is None else t[i : i + size].to(device)
                     for k, t in validation.items()}

@@ -91,6 +91,7 @@ def test_another_network_is_timed_in_turns_with_ours(tmp_path):
     (values,) = rows.values()
     assert values["theirs_m_weights"] == pytest.approx((768 * 1000 + 1000) / 1e6)
     assert bench.against_table([values]).splitlines()[2].startswith(f"| other, 8 | {values['theirs_ms'] / 1e3:.3g} s, ours ")
+    assert bench.factors_table([values]).splitlines()[2] == f"| other | {values['times_faster']:.2f} |"
     assert values["ours_m_weights"] == pytest.approx(sum(p.numel() for p in model.Denoiser(config).parameters()) / 1e6)
     assert values["times_faster"] == pytest.approx(values["theirs_ms"] / values["ours_ms"]) and values["ours_gb"] > 0.05
     (tmp_path / "broken.py").write_text("def make(*sizes):\n    raise ValueError('no')\nCONFIG = dict(dim=32, heads=1)\n")

@@ -212,7 +212,7 @@ def stepper(path, whose, batch, ratio, dtype):
     if whose == "ours":
         network, held = model.Denoiser(config).to(DEVICE), k if not c.takes_all else c.grid**2
         if DEVICE.type == "cpu":  # as in train.py
-            micro = max((m for m in range(1, batch + 1) if batch % m == 0 and m * k * c.dim <= 2**20), default=1)
+            micro = max((m for m in range(1, batch + 1) if batch % m == 0 and m * held * c.dim <= 2**20), default=1)
 
         def loss(images):
             visible, n = model.sample_visible(len(images), c.grid, ratio), len(images)
@@ -320,8 +320,9 @@ def steps(case):
     if case.get("compile"):
         denoiser.compile(dynamic=False)
     k = model.count_visible(config.grid, case["ratio"])
+    held = config.grid**2 if config.takes_all else k
     fits = [m for m in range(1, case["batch"] + 1)  # as in train.py
-            if case["batch"] % m == 0 and (DEVICE.type != "cpu" or m * k * config.dim <= 2**20)]
+            if case["batch"] % m == 0 and (DEVICE.type != "cpu" or m * held * config.dim <= 2**20)]
     micro = case.get("micro") or max(fits, default=1)
     autocast = torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
 
@@ -606,6 +607,17 @@ def against_table(results):
                  for r in (rows[ratio] for ratio in ratios)]
         most = [max(r[f"{whose}_gb"] for r in rows.values()) for whose in ("theirs", "ours")]
         lines.append(f"| {network}, {batch} | {' | '.join(cells)} | {most[0]:.2g} GB, ours {most[1]:.2g} GB |")
+    return "\n".join(lines)
+
+
+def factors_table(results):
+    """The same in short: how many times faster ours is, a line for each network."""
+    columns = sorted({(r["batch"], r["ratio"]) for r in results})
+    lines = ["| network | " + " | ".join(f"batch {b}, ratio {ratio}" for b, ratio in columns) + " |",
+             "|---" * (len(columns) + 1) + "|"]
+    for network in dict.fromkeys(r["network"] for r in results):
+        rows = {(r["batch"], r["ratio"]): r for r in results if r["network"] == network}
+        lines.append(f"| {network} | " + " | ".join(f"{rows[c]['times_faster']:.2f}" for c in columns) + " |")
     return "\n".join(lines)
 
 
