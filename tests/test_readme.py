@@ -16,7 +16,7 @@ import reproduce
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "assets/results/README.md")}
 SCRIPTS = ("model.py", "train.py", "sample.py", "fid.py", "prepare_data.py")
-DESCRIBING = ("| what |", "| file |", "| to change |", "| paper,")  # tables without measurements of their own
+DESCRIBING = ("| what |", "| question |", "| file |", "| to change |", "| paper,")  # tables without measurements of their own
 TABLE = re.compile(r"(?:<!-- (assets/results/\S+\.json)(?: (\w+))? -->\n)?((?:^\|.*\n)+)", re.MULTILINE)
 MEASURED = [m.groups() for page in PAGES.values() for m in TABLE.finditer(page) if not m[3].startswith(DESCRIBING)]
 MAKERS = {

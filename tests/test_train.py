@@ -901,6 +901,23 @@ def test_sigterm_to_torchrun_saves_once_on_all_processes(dataset, tmp_path, caps
 # -- what a resumed or a fresh run must not take over ---------------------------------------------
 
 
+@pytest.mark.parametrize("extra, parts", [([], 1), (["--decoder_depth=1", "--decoder_dim=32", "--decoder_heads=1"], 2),
+                                          (["--route=0,1"], 2)])
+def test_a_cpu_takes_at_once_what_all_tokens_of_an_image_leave_room_for(dataset, tmp_path, monkeypatch, extra, parts):
+    """4 of 16 patches are visible, and 2**20 values fit: all 96 images, or 48 where a decoder or route takes all tokens."""
+    sizes, objective = [], train.diffusion_objective
+
+    def recorded(*args, **batch):
+        if torch.is_grad_enabled():
+            sizes.append(len(batch["clean"]))
+        return objective(*args, **batch)
+
+    monkeypatch.setattr(train, "diffusion_objective", recorded)
+    train.main([f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=96", "--steps=1", *TINY, "--mask_ratio=0.75",
+                "--mask_type=patch", "--dim=1024", "--depth=1", "--heads=1", *extra])
+    assert sizes == [96 // parts] * parts
+
+
 def test_optimizer_settings_changed_at_resume_take_effect(dataset, tmp_path):
     args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12"] + TINY
     train.main(args + ["--steps=1"])

@@ -689,7 +689,8 @@ def main():
             report(section, rows)
         results += [dict(section=section, case=name, **values, **where_from()) for name, values in rows]
     if args.json:
-        about = dict(command=" ".join(["python tests/tools/bench.py", *args.section]), results=results)
+        others = ["--against", *(Path(path).name for path in args.against)] if args.against else []
+        about = dict(command=" ".join(["python tests/tools/bench.py", *args.section, *others]), results=results)
         Path(args.json).write_text(json.dumps(about, indent=1))
 
 

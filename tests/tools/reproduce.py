@@ -18,7 +18,6 @@ interrupted call goes on; OUT holds one comparison, of one data set.
 import argparse
 import itertools
 import json
-import math
 import os
 import platform
 import re
