@@ -10,6 +10,7 @@ import pytest
 
 import bench
 import continual
+import judge
 import label_agreement
 import reproduce
 
@@ -25,6 +26,7 @@ MAKERS = {
     "forgetting": lambda r: continual.table(r["results"], r["tasks"]),
     "levels": lambda r: continual.change_by_level(r["results"], r["first"]),
     "agreement": lambda r: label_agreement.table(r["results"]),
+    "judge": lambda r: judge.table(r["results"]),
     "speed": lambda r: bench.summary(r["results"]),
     "demo": lambda r: bench.demo_table(r["results"]),
     "against": lambda r: bench.against_table(r["results"]),

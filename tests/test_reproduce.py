@@ -19,6 +19,7 @@ from PIL import Image
 
 import continual
 import fid
+import judge
 import model
 import reproduce
 import train
@@ -27,7 +28,7 @@ from prepare_data import open_folder
 
 def result(name, seed, curve, fd):
     """A row whose validation loss and distance fell along these points."""
-    return dict(row=name, seed=seed, val_loss=curve[-1][1], drawn=[dict(flags="--steps=10", fd=fd[-1][1])],
+    return dict(row=name, seed=seed, val_loss=curve[-1][1], drawn=[dict(flags="--steps=10", judge_fd=fd[-1][1])],
                 stages=[dict(seconds=curve[-1][0], curve=curve[:-1], fd_curve=fd[:-1], images_per_s=1, steps=1,
                              peak_gb=1)])
 
@@ -86,9 +87,9 @@ def test_a_trained_model_stands_in_for_the_shared_start(tmp_path, monkeypatch):
     (tmp_path / "ft.pt").write_bytes(b"weights")
     args = type("Args", (), dict(out=str(tmp_path), claim="consistency", start=str(tmp_path / "ft.pt"), unit=60))
     judged = []
-    monkeypatch.setattr(reproduce, "distances", lambda checkpoint, *_: judged.append(checkpoint) or dict(fd=1.0))
+    monkeypatch.setattr(reproduce, "distances", lambda checkpoint, *_: judged.append(checkpoint) or dict(judge_fd=1.0))
     row = reproduce.run_row("diffusion", 0, args, {})
-    assert set(judged) == {args.start} and row["stages"] == [] and [d["fd"] for d in row["drawn"]] == [1.0] * 5
+    assert set(judged) == {args.start} and row["stages"] == [] and [d["judge_fd"] for d in row["drawn"]] == [1.0] * 5
     assert (reproduce.folder_of(args, "diffusion", 1) / "final.pt").read_bytes() == b"weights"
     assert "| diffusion | steps=18 |" in reproduce.table([row])
 
@@ -150,7 +151,7 @@ def test_rows_side_by_side_wait_for_where_they_start(tmp_path, monkeypatch):
         began.append((name, seed))
         time.sleep(0.2 if name == "diffusion" else 0.01)
         order.append((name, seed))
-        return dict(row=name, seed=seed, stages=[], drawn=[dict(flags="", fd=1.0)], val_loss=None)
+        return dict(row=name, seed=seed, stages=[], drawn=[dict(flags="", judge_fd=1.0)], val_loss=None)
 
     data = make_dataset(tmp_path / "set", n=8)
     monkeypatch.setattr(reproduce, "run_row", run_row)
@@ -191,8 +192,10 @@ def test_a_script_that_fails_is_quoted(tmp_path):
 
 
 class Colours(torch.nn.Module):
-    """Features in no time, in place of Inception with random weights."""
-    identity = "random_fd 0"
+    """Features in no time, in place of the judge's and those of Inception with random weights."""
+    def __init__(self, args):
+        super().__init__()
+        self.identity = "random_fd 0" if args.features == "random" else "fd 0"
 
     def forward(self, x):
         return torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
@@ -202,13 +205,14 @@ class Colours(torch.nn.Module):
 def called(monkeypatch, capsys):
     """called(module, *args) runs a comparison, and its scripts, in this process: to start one of them
     takes longer than what is asked of it here. Returns what is printed."""
-    monkeypatch.setattr(fid, "load_features", lambda args: Colours())
+    monkeypatch.setattr(fid, "load_features", Colours)
+    monkeypatch.setattr(judge, "fit", lambda *_: judge.Judge().eval())
     monkeypatch.setitem(model.PRESETS, "demo", dict(dim=32, depth=2, heads=2, patch_size=4))
 
     def call(script, *args, log):
         out = io.StringIO()
         with open(log, "a") as err, redirect_stdout(out), redirect_stderr(err):
-            importlib.import_module(script.removesuffix(".py")).main(list(map(str, args)))
+            importlib.import_module(Path(script).stem).main(list(map(str, args)))
         return out.getvalue(), 1.0
 
     def run(module, *args):
@@ -228,7 +232,7 @@ def called(monkeypatch, capsys):
 
 def test_a_claim_runs_from_data_to_table_and_is_not_run_again(tmp_path, called):
     data = make_dataset(tmp_path / "set", n=30)
-    command = [reproduce, "speedup", f"--data={data}", "--seeds", "1", "--num", "8", "--each", "0.03",
+    command = [reproduce, "speedup", f"--data={data}", "--seeds", "1", "--num", "8", "--each", "0.03", "--random",
                "--patch_size", "2", "--batch_size", "1", "--out", tmp_path / "out"]
     first = called(*command)
     stored = json.loads((tmp_path / "out/speedup.json").read_text())
@@ -236,6 +240,7 @@ def test_a_claim_runs_from_data_to_table_and_is_not_run_again(tmp_path, called):
         log = (tmp_path / f"out/speedup/{name}-0/output.txt").read_text()
         assert set(re.findall(r"batch_size = (\d+)", log)) == sizes
     assert [r["row"] for r in stored["results"]] == ["from scratch", "two stages"]
+    assert all({"judge_fd", "random_fd"} <= set(d) for r in stored["results"] for d in r["drawn"])
     scratch, two = stored["results"]
     assert len(two["stages"]) == 2 and two["minutes"] == pytest.approx(0.015)
     assert str(tmp_path) not in json.dumps(stored) and f"speedup --data={data.name} --seeds" in stored["command"]

@@ -7,8 +7,8 @@ If all have classes, the model is conditional, and a set is compared with sample
 holds; else all sets are compared with the same samples, and distances depend on their mixture, too.
 
 Every method starts from one model of the first set, and --minutes are planned as in reproduce.py: by the cost of a
-step, here against that of a step on the first set taken in turns with it. After each set the random-feature Frechet
-distance to every set so far is measured with --num samples. What is finished lies in
+step, here against that of a step on the first set taken in turns with it. After each set the Frechet distance to
+every set so far is measured with --num samples, by features that judge.py learns from that set. What is finished lies in
 OUT/continual.json and is not run again. Methods, as flags of train.py:
 
 fine-tuning                nothing but the new set
@@ -94,20 +94,21 @@ def buffer_of(task, size, args, log):
 
 
 def distances(checkpoint, tasks, folder, args, log):
-    """Random-feature Frechet distance of a model's samples to each set."""
+    """Frechet distance of a model's samples to each set, by features learned from it."""
     found, before = [], None
     for i, task in enumerate(tasks):
-        reference, asked = Path(args.out) / f"reference{i}.npz", labels_of(task, args)
+        reference, net, asked = *(Path(args.out) / f"{i}-{n}" for n in ("reference.npz", "judge.pt")), labels_of(task, args)
         if not reference.exists():
-            call("fid.py", task, "--features=random", f"--num={args.references}", "--stats", reference, log=log)
+            call("tests/tools/judge.py", task, "--no-table", "--out", net, log=log)
+            call("fid.py", task, f"--features={net}", f"--num={args.references}", "--stats", reference, log=log)
         if asked != before:
             call("sample.py", "--ckpt", checkpoint, f"--num={args.num}", "--steps=10", f"--seed={args.seed}", *asked,
                  "--out", folder / "samples.npz", log=log)
             with np.load(folder / "samples.npz") as images:
                 sample.save_grid(folder / f"samples{i}.png", images["arr_0"][:64])
         before = asked
-        found.append(last_json(call("fid.py", reference, folder / "samples.npz", "--features=random", "--json",
-                                    log=log)[0])["random_fd"])
+        found.append(last_json(call("fid.py", reference, folder / "samples.npz", f"--features={net}", "--json",
+                                    log=log)[0])["fd"])
     return found
 
 
@@ -183,7 +184,7 @@ def main():
     parser.add_argument("--methods", default=DEFAULT, help="with commas")
     parser.add_argument("--minutes", type=float, default=4, help="of training, for each set and method")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num", type=int, default=500, help="samples of each Frechet distance")
+    parser.add_argument("--num", type=int, default=1000, help="samples of each Frechet distance")
     parser.add_argument("--references", type=int, default=2000, help="real images of each Frechet distance")
     parser.add_argument("--out", default="out/continual")
     args = parser.parse_args()

@@ -10,9 +10,9 @@ first short runs of all stages take turns, and the least seconds of a step are i
 gets as many steps as its time has room for. So the drift of the machine does not enter, rows can run
 side by side (--jobs), and "seconds" below are steps times cost. --minutes is the planned training of
 the whole call; --each gives that of a row instead. Judged are the validation loss on whole images and
---num samples: random-feature Frechet distance to the first 2000 training images; in some claims this
-and KID to the first --num. What is finished lies in OUT/CLAIM.json and is not run again, so an
-interrupted call goes on; OUT holds one comparison, of one data set.
+--num samples: the Frechet distance to the first 2000 training images by features that judge.py learns
+from the data set; with --random that by random features, too. What is finished lies in OUT/CLAIM.json
+and is not run again, so an interrupted call goes on; OUT holds one comparison, of one data set.
 """
 
 import argparse
@@ -103,7 +103,7 @@ CLAIMS = {
         "MaskDiT 0.5, no reconstruction": row((0.5, ["--depth=6", *masked(0.5, *DECODER, "--mae_weight=0")]), WHOLE),
         "routed 0.5": row((0.5, ["--depth=6", "--route=1,5", *masked(0.5)]), WHOLE)}),
     # One diffusion model, tuned in several ways, each for the time that it took itself or for --steps.
-    "consistency": dict(network=DEMO, kid=True, rows={
+    "consistency": dict(network=DEMO, rows={
         "diffusion": row((0.5, masked(0.75)), WHOLE, once=True, draw=[["--steps=18"]] + [
             ["--sampler=euler", f"--steps={n}"] for n in (1, 2, 4, 8)]),
         **{name: row(*stages, start="diffusion", draw=(["--steps=1"], ["--steps=2"]))
@@ -199,17 +199,18 @@ def train_for(seconds, cost, out_dir, flags, log, curve=False):
 
 
 def distances(checkpoint, name, flags, on, args, log):
-    """Random-feature Frechet distance of --num samples to a set, and KID where the claim asks for it."""
+    """Frechet distances of --num samples to a set: by the judge's features and, if wished, by random ones."""
     dtype = str(sample.pick_dtype("auto", sample.pick_device("auto")))[6:]  # on a CPU that has it twice as fast
     call("sample.py", "--ckpt", checkpoint, f"--num={args.num}", f"--dtype={dtype}", *flags, "--out",
          f"{name}.npz", log=log)
     with np.load(f"{name}.npz") as images:
         sample.save_grid(f"{name}.png", images["arr_0"][:64])
-    kid = CLAIMS[args.claim].get("kid")  # which needs the images themselves
-    size = f"--kid_size={min(1000, args.num)}"
-    against = [data_set(on, args), f"--num={args.num}", "--metrics=fid,kid", size] if kid else [reference(on, args)]
-    found = last_json(call("fid.py", *against, f"{name}.npz", "--features=random", "--json", log=log)[0])
-    return dict(fd=found["random_fd"], **{k: found[k] for k in ("kid",) if k in found})
+    found = {}
+    for features in ["judge", "random"][: 1 + args.random]:
+        statistics, flag = reference(on, args, features)
+        out, _ = call("fid.py", statistics, f"{name}.npz", flag, "--json", log=log)
+        found[f"{features}_fd"] = last_json(out)["fd" if features == "judge" else "random_fd"]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -238,14 +239,16 @@ def data_set(on, args):
     return folder
 
 
-def reference(on, args):
-    """Statistics of the first 2000 training images, with which samples are compared."""
-    on = "other" if on == "few" else on
-    path = Path(args.out, f"reference-{on}.npz")
+def reference(on, args, features):
+    """Statistics of the first 2000 training images, with which samples are compared; and fid.py's flag for them."""
+    on, log = "other" if on == "few" else on, args.out + "/output.txt"
+    path, net = Path(args.out, f"reference-{features}-{on}.npz"), Path(args.out, f"judge-{on}.pt")
+    if features == "judge" and not net.exists():
+        call("tests/tools/judge.py", data_set(on, args), "--no-table", "--out", net, log=log)
+    flag = f"--features={net if features == 'judge' else features}"
     if not path.exists():
-        call("fid.py", data_set(on, args), "--features=random", "--stats", path, "--num=2000",
-             log=args.out + "/output.txt")
-    return path
+        call("fid.py", data_set(on, args), flag, "--stats", path, "--num=2000", log=log)
+    return path, flag
 
 
 def folder_of(args, name, seed):
@@ -278,7 +281,7 @@ def run_row(name, seed, args, costs):
         for at, path in kept if i == len(way["stages"]) - 1 else ():  # masked ones draw nothing yet
             facts.setdefault("fd_curve", []).append([before + at, distances(
                 path, out_dir / f"samples{before + at:.0f}", [f"--seed={seed}", "--steps=10"], way["on"], args,
-                log)["fd"]])
+                log)["judge_fd"]])
         facts["curve"] = [[before + at, loss] for at, loss in facts.get("curve", ())]
         stages.append(facts)
         before += facts["seconds"]
@@ -305,9 +308,12 @@ def both(values):
     return f"{statistics.mean(values):.4g}{spread}"
 
 
+MEASURES = {"judge_fd": "judge's FD", "random_fd": "random-feature FD", "kid": "random-feature KID"}
+
+
 def table(results):
-    kid = any("kid" in d for r in results for d in r["drawn"])
-    heads = ["way", "samples", "validation loss", "random-feature FD", *["KID"] * kid, "images/s by stage", "steps",
+    measures = [key for key in MEASURES if any(key in d for r in results for d in r["drawn"])]
+    heads = ["way", "samples", "validation loss", *map(MEASURES.get, measures), "images/s by stage", "steps",
              "seconds", "peak memory, GB"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in dict.fromkeys(r["row"] for r in results):
@@ -319,7 +325,7 @@ def table(results):
 
         for drawn in zip(*(r["drawn"] for r in rows)):
             cells = [name, drawn[0]["flags"].replace("--", ""), both([r["val_loss"] for r in rows]),
-                     both([d["fd"] for d in drawn]), *[both([d.get("kid") for d in drawn])] * kid,
+                     *[both([d.get(key) for d in drawn]) for key in measures],
                      each("images_per_s", "{:.0f}"), each("steps", "{:.0f}"), each("seconds", "{:.0f}"),
                      each("peak_gb", "{:.2f}")]
             lines.append(f"| {' | '.join(cells)} |")
@@ -338,8 +344,8 @@ def picture(args, results):
 
 
 def points(result, key):
-    """[seconds of training, value] of a row: validation loss ("curve") or distance ("fd_curve")."""
-    last = result["val_loss"] if key == "curve" else result["drawn"][0]["fd"]
+    """[seconds of training, value] of a row: validation loss ("curve") or the judge's distance ("fd_curve")."""
+    last = result["val_loss"] if key == "curve" else result["drawn"][0]["judge_fd"]
     own = [p for stage in result["stages"] for p in stage.get(key, ())]
     return own + [[sum(s["seconds"] for s in result["stages"]), last]]
 
@@ -363,7 +369,7 @@ def time_ratios(results, slow="from scratch", fast="two stages"):
         found = {r["row"]: r for r in results if r["seed"] == seed}
         if not {slow, fast} <= set(found):
             continue
-        for key, name in (("curve", "validation loss"), ("fd_curve", "random-feature FD")):
+        for key, name in (("curve", "validation loss"), ("fd_curve", "judge's FD")):
             ways = [points(found[way], key) for way in (slow, fast)]
             value = max(min(v for _, v in way) for way in ways)
             late, soon = (reached(way, value) for way in ways)
@@ -397,6 +403,7 @@ def main():
     parser.add_argument("--only", default="", help="rows whose names this regular expression finds")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--num", type=int, default=1000, help="samples of each Frechet distance")
+    parser.add_argument("--random", action="store_true", help="measure random features, too, in two minutes each")
     parser.add_argument("--out", help="default: out/reproduce/CLAIM-DATA")
     args = parser.parse_args()
     if args.start and not os.path.isfile(args.start):
@@ -407,7 +414,7 @@ def main():
     args.unit = 60 * (args.each or args.minutes / args.seeds / sum(r["time"] for r in rows.values()))
     about = dict(claim=args.claim, data=Path(args.data).name, other=args.other and Path(args.other).name,
                  start=args.start and Path(args.start).name, size=args.size, patch_size=args.patch_size,
-                 batch_size=args.batch_size, num=args.num, minutes=args.unit / 60)
+                 batch_size=args.batch_size, num=args.num, random=args.random, minutes=args.unit / 60)
     done = Path(args.out, args.claim + ".json")
     stored = json.loads(done.read_text()) if done.exists() else dict(about, results=[])
     if differ := [k for k in about if stored.get(k) != about[k]]:
@@ -431,7 +438,8 @@ def main():
     todo = [(name, seed) for seed, name in itertools.product(range(args.seeds), rows)
             if not (seed and rows[name]["once"]) and not any((r["row"], r["seed"]) == (name, seed) for r in results)]
     for way in rows.values():  # before several rows need it at once
-        CLAIMS[args.claim].get("kid") or reference(way["on"], args)
+        for features in ["judge", "random"][: 1 + args.random]:
+            reference(way["on"], args, features)
     ended, lock = {task: threading.Event() for task in todo}, threading.Lock()
 
     def attempt(task):
@@ -449,8 +457,8 @@ def main():
                 results.append(found)
                 results.sort(key=lambda r: (list(CLAIMS[args.claim]["rows"]).index(r["row"]), r["seed"]))
                 done.write_text(json.dumps(stored, indent=1))
-            print(f"{name}, seed {seed}: validation loss {found['val_loss']}, random-feature FD "
-                  + ", ".join(f"{d['fd']:.4g}" for d in found["drawn"]), file=sys.stderr, flush=True)
+            print(f"{name}, seed {seed}: validation loss {found['val_loss']}, judge's FD "
+                  + ", ".join(f"{d['judge_fd']:.4g}" for d in found["drawn"]), file=sys.stderr, flush=True)
         finally:
             ended[task].set()
 
@@ -464,7 +472,7 @@ def main():
     picture(args, results)
     if any(way["curve"] for way in rows.values()):
         print("\n" + time_ratios(results))
-        for key, title in (("curve", "validation loss"), ("fd_curve", "random-feature Frechet distance")):
+        for key, title in (("curve", "validation loss"), ("fd_curve", "judge's Frechet distance")):
             plot(f"{args.out}/{args.claim}-{key}.png", results, key, title)
     if failed:
         sys.exit("\n".join(failed))
