@@ -367,10 +367,9 @@ def steps(case):
     parts = {name: statistics.median(r[name] for r in records[1:]) for name in parts}
     total = sum(parts.values())
     flops = token_flops(config, k) * case["batch"]
-    bf16 = matmul_peak(torch.bfloat16)
     return dict(visible=k, at_once=micro, step_ms=total * 1e3, images_per_s=case["batch"] / total,
                 tokens_per_s=case["batch"] * k / total, gflops=flops / total / 1e9,
-                mfu=flops / total / bf16, outside_products=outside, peak_gb=memory, first_s=first_s,
+                mfu=flops / total / matmul_peak(dtype), outside_products=outside, peak_gb=memory, first_s=first_s,
                 **{f"{name}_ms": value * 1e3 for name, value in parts.items()})
 
 
