@@ -41,8 +41,8 @@ from prepare_data import Parser, need
 GPU = dict(preset="maskdm-64", optimizer="adamw", beta1=0.99, lr=2e-4, lr_schedule="constant",
            warmup=0, grad_clip=0.0, steps=100_000, eval_every=2000, save_every=2000)  # MaskDM's
 DEFAULTS = {  # (stage, whether on a GPU); on two cores ten minutes for both stages
-    ("pt", False): dict(batch_size=48, steps=2600, lr=4e-3, lr_schedule="constant"),
-    ("ft", False): dict(eval_every=1100, sample_every=1100, save_every=1100),
+    ("pt", False): dict(batch_size=48, steps=2300, lr=4e-3, lr_schedule="constant"),
+    ("ft", False): dict(eval_every=1700, sample_every=1700, save_every=1700),
     ("cm", False): dict(batch_size=32, steps=1200, sample_every=400),
     ("pt", True): GPU | dict(batch_size=256),
     ("ft", True): GPU | dict(batch_size=128, sample_every=5000),
@@ -96,7 +96,7 @@ def parse(argv):
     add("ewc_data", None, "sets to estimate the importance on; default: those of the anchor's run")
     add("batch_size", 4, "images per step, in all processes")
     add("micro_batch", 0, "images per pass; 0: all, on a CPU by its caches")
-    add("steps", 2200, "optimizer steps of the whole run")
+    add("steps", 3400, "optimizer steps of the whole run")
     add("optimizer", "muon", "muon has AdamW beside it", choices=("adamw", "muon", "radam"))
     add("lr", 2e-3, "learning rate")
     add("lr_schedule", "cosine", "after warm-up", choices=("constant", "cosine", "rsqrt"))

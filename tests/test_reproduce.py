@@ -89,7 +89,7 @@ def test_a_trained_model_stands_in_for_the_shared_start(tmp_path, monkeypatch):
     judged = []
     monkeypatch.setattr(reproduce, "distances", lambda checkpoint, *_: judged.append(checkpoint) or dict(judge_fd=1.0))
     row = reproduce.run_row("diffusion", 0, args, {})
-    assert set(judged) == {args.start} and row["stages"] == [] and [d["judge_fd"] for d in row["drawn"]] == [1.0] * 5
+    assert set(judged) == {args.start} and row["stages"] == [] and [d["judge_fd"] for d in row["drawn"]] == [1.0] * 4
     assert (reproduce.folder_of(args, "diffusion", 1) / "final.pt").read_bytes() == b"weights"
     assert "| diffusion | steps=18 |" in reproduce.table([row])
 
