@@ -41,6 +41,14 @@ def test_smoothing_takes_the_mean_of_the_last_twentieth():
         assert t == points[i][0] and v == pytest.approx(sum(window) / len(window))
 
 
+def test_ticks_are_round_few_and_within_the_range():
+    assert curves.ticks(8, 3600) == [10, 20, 50, 100, 200, 500, 1000, 2000]
+    for low, high in ((0.0875, 1.09), (1e-6, 1e9), (0.11, 0.19), (95, 105), (1, 1.5), (3, 4e4)):
+        found = curves.ticks(low, high)
+        assert 2 <= len(found) <= 8 and low <= found[0] and found[-1] <= high and found == sorted(found)
+        assert all(len(f"{v:.10e}".split("e")[0].rstrip("0").replace(".", "")) <= 3 for v in found)
+
+
 def test_points_lie_where_their_values_say(tmp_path):
     """Both axes are logarithmic: the geometric mean of the ends lies half-way, and is drawn in its colour."""
     lines = [("a", 0, [(1, 1), (10, 10), (100, 100)], True), ("b", 1, [(1, 100), (100, 100)], False)]

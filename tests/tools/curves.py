@@ -59,6 +59,16 @@ def smoothed(points):
     return [(t, sum(values[max(0, i - width + 1) : i + 1]) / min(width, i + 1)) for i, (t, _) in enumerate(points)]
 
 
+def ticks(low, high, most=8):
+    """Round values within a range for a logarithmic axis, the densest of at most so many."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in (*([x / 10 for x in range(10, 100, by)] for by in (1, 2, 5)), range(1, 10), (1, 2, 5), (1,)):
+        found = [v for v in (float(f"{step:g}e{e}") for e in decades for step in steps) if low <= v <= high]
+        if len(found) <= most:
+            return found
+    return found[:: -(-len(found) // most)]
+
+
 def draw(path, lines, title, size=(720, 420)):
     """A PNG of lines [(name, colour number, [(x > 0, y > 0)], whether with dots)], both axes logarithmic."""
     image = Image.new("RGB", size, "white")
@@ -72,13 +82,11 @@ def draw(path, lines, title, size=(720, 420)):
         return left + fx * (right - left), bottom - fy * (bottom - top)
 
     for (low, high), is_x in zip(spans, (True, False)):
-        for i in range(5):
-            v = math.exp(low + (high - low) * i / 4)
+        for v in ticks(math.exp(low), math.exp(high)):
             at = place(v, min(y)) if is_x else place(min(x), v)
             ends = ((at[0], top), (at[0], bottom)) if is_x else ((left, at[1]), (right, at[1]))
             canvas.line(ends, "#dddddd")
-            text = f"{v:.3g}" if v < 1000 else f"{v:.0f}"
-            canvas.text((at[0] - 10, bottom + 6) if is_x else (8, at[1] - 6), text, "black")
+            canvas.text((at[0] - 10, bottom + 6) if is_x else (8, at[1] - 6), f"{v:g}", "black")
     canvas.rectangle((left, top, right, bottom), outline="black")
     canvas.text((left, 10), title, "black")
     for name, number, points, dots in lines:

@@ -309,25 +309,24 @@ def both(values):
 
 
 MEASURES = {"judge_fd": "judge's FD", "random_fd": "random-feature FD", "kid": "random-feature KID"}
+FACTS = {"images_per_s": ("images/s by stage", "{:.0f}"), "steps": ("steps", "{:.0f}"), "seconds": ("seconds", "{:.0f}"),
+         "peak_gb": ("peak memory, GB", "{:.2f}")}
 
 
 def table(results):
+    """Markdown, a line for each row and way of sampling, over the seeds; columns of what was measured."""
     measures = [key for key in MEASURES if any(key in d for r in results for d in r["drawn"])]
-    heads = ["way", "samples", "validation loss", *map(MEASURES.get, measures), "images/s by stage", "steps",
-             "seconds", "peak memory, GB"]
+    facts = [key for key in FACTS if any(key in s for r in results for s in r["stages"])]
+    heads = ["way", "samples", "validation loss", *map(MEASURES.get, measures), *(FACTS[key][0] for key in facts)]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in dict.fromkeys(r["row"] for r in results):
         rows = [r for r in results if r["row"] == name]
         stages = list(zip(*(r["stages"] for r in rows)))
-
-        def each(key, form):
-            return ", ".join(form.format(statistics.mean(s[key] for s in stage)) for stage in stages)
-
         for drawn in zip(*(r["drawn"] for r in rows)):
             cells = [name, drawn[0]["flags"].replace("--", ""), both([r["val_loss"] for r in rows]),
                      *[both([d.get(key) for d in drawn]) for key in measures],
-                     each("images_per_s", "{:.0f}"), each("steps", "{:.0f}"), each("seconds", "{:.0f}"),
-                     each("peak_gb", "{:.2f}")]
+                     *[", ".join(FACTS[key][1].format(statistics.mean(s[key] for s in stage)) for stage in stages)
+                       for key in facts]]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
