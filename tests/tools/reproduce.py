@@ -368,7 +368,8 @@ def time_ratios(results, slow="from scratch", fast="two stages"):
         found = {r["row"]: r for r in results if r["seed"] == seed}
         if not {slow, fast} <= set(found):
             continue
-        for key, name in (("curve", "validation loss"), ("fd_curve", "judge's FD")):
+        judged = all("judge_fd" in found[way]["drawn"][0] for way in (slow, fast))
+        for key, name in (("curve", "validation loss"), ("fd_curve", "judge's FD"))[: 1 + judged]:
             ways = [points(found[way], key) for way in (slow, fast)]
             value = max(min(v for _, v in way) for way in ways)
             late, soon = (reached(way, value) for way in ways)
