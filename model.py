@@ -108,8 +108,8 @@ def sample_visible(batch, grid, mask_ratio, mask_type="patch", block_size=4, gen
     return (row * grid + col).reshape(batch, k).sort(dim=1).values
 
 class Images:
-    """The images of prepared folders (commas between), numbered through. Another class needs
-    len(), read(), labels (int64 (N,), -1: none) and meta (size, channels, class_names or None,
+    """The images of prepared folders (commas between), numbered through. Another class needs these
+    arguments, len, read, labels (int64 (N,), -1: none), meta (size, channels, class_names or None,
     latent: None or means and deviations). Classes are united by name, `class_names` first."""
 
     def __init__(self, folders, split="train", patch_size=1, class_names=()):
@@ -224,16 +224,14 @@ class DiT(nn.Module):
         self.labels = nn.Embedding(c.num_classes + 1, c.dim) if c.num_classes else None
         self.route = c.route
         self.blocks = nn.ModuleList(Block(c.dim, c.heads, c.dim) for _ in range(c.depth))
-        self.decoder = None
+        self.decoder, width = None, c.decoder_dim or c.dim
         if c.decoder_depth:
             self.decoder_modulation = nn.Linear(c.dim, 2 * c.dim)
             self.decoder_embed = nn.Linear(c.dim, c.decoder_dim)
             self.mask_token = nn.Parameter(0.02 * torch.randn(c.decoder_dim))
-            positions = sincos_positions(c.grid, c.decoder_dim)
-            self.register_buffer("decoder_positions", positions, persistent=False)
+            self.register_buffer("decoder_positions", sincos_positions(c.grid, width), False)
             self.decoder = nn.ModuleList(
                 Block(c.decoder_dim, c.decoder_heads, c.dim) for _ in range(c.decoder_depth))
-        width = c.decoder_dim or c.dim
         self.modulation = nn.Linear(c.dim, 2 * width)
         self.head = nn.Linear(width, c.token_dim)
         for name, m in self.named_modules():

@@ -363,7 +363,7 @@ def main(argv=None):
     shown = a.out or os.path.join("data", title)
     out = os.path.realpath(shown)  # behind a link, the folder itself is replaced
     inside = {*os.listdir(out)} if os.path.exists(out) else set()
-    known = re.fullmatch("((train|val)(_labels)?.npy|meta.json|preview.png| )*", " ".join(inside))
+    known = re.fullmatch("((train|val)(_labels)?.npy|(meta|judge).(json|pt)| )*", " ".join(inside))
     need("," not in shown, f"{shown}: a comma separates data sets in train.py, name another --out")
     need(not inside or a.force and known, f"{shown} is there already: name another --out, or give "
          "--force, which replaces a data set (but no folder that holds anything else)")

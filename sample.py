@@ -203,8 +203,8 @@ def pick_dtype(name, device):
 def add_flags(parser, batch_size):
     """The flags of drawing samples that fid.py has, too; `sampling_settings` reads most of them."""
     add = parser.add
-    add("steps", None, "of the sampler; by the kind of model, 18 or 1", type=int)
-    add("sampler", None, "likewise; churn: 256", choices=("heun", "euler", "churn", "consistency"))
+    add("steps", None, "of the sampler; by the kind of model, 18 or 1; churn: give 256", type=int)
+    add("sampler", None, "likewise", choices=("heun", "euler", "churn", "consistency"))
     add("mid_sigma", None, "second noise level of a consistency model", type=float)
     add("cfg_scale", 1.0, "guidance scale, 1 for none")
     add("seed", 0, "of the noise")
@@ -226,7 +226,7 @@ def sampling_settings(args, denoiser, checkpoint):
 def class_numbers(text, names, data, num):
     """Numbers of the classes to draw: all (None), some by name or number ("cat,0"), or "data": in
     the shares of that prepared set. Exits if there is none such."""
-    if text == "data":
+    if text == "data" and names:
         labels = sorted(i for i in Images(data, "train", 1, names).labels if 0 <= i < len(names))
         return [int(labels[i * len(labels) // num]) for i in range(num)]
     known = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}

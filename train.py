@@ -61,7 +61,8 @@ ARCHITECTURE = ("dim", "depth", "heads", "patch_size", "decoder_depth", "decoder
 
 def parse(argv):
     """-> settings; the path of the checkpoint to resume, or None; what to start from, or {}."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    about = " In brackets: defaults; DEFAULTS in train.py changes some by stage and device."
+    parser = Parser(description=__doc__.splitlines()[0] + about, allow_abbrev=False)
     add = parser.add
     add("data", "data/faces", "prepared set, or several with commas for their union")
     add("out_dir", "out", "folder for checkpoints, samples and log.jsonl")
@@ -81,7 +82,7 @@ def parse(argv):
     add("label_dropout", 0.1, "share replaced by the null class")
     add("loss", "diffusion", "what is learned", choices=("diffusion", "consistency"))
     add("cm_preset", "cifar10", "ECT's settings for", choices=tuple(CONSISTENCY))
-    add("cm_stages", 4, "stages; the last pairs of noise levels have 1 - r/t = cm_q^-stages")
+    add("cm_stages", 4, "stages; at high noise the last pairs have 1 - r/t = cm_q^-stages")
     add("cm_q", 2.0, "1 - r/t shrinks by this factor a stage")
     add("cm_c", 0.0, "constant of the pseudo-Huber distance")
     add("cm_weight", "gap", "1/(t - r), or 1/t^2 + 1/sigma_data^2", choices=("gap", "edm"))
@@ -136,8 +137,9 @@ def parse(argv):
     if source:
         parser.set_defaults(**start["config"] | dict(out_dir=os.path.dirname(source)))
     cfg = parser.parse_args(argv)
-    need(not source or os.path.basename(source).startswith(run_name(cfg)), f"{source} is of another"
-         " stage than these settings: start that with --init_from")
+    need(not source or os.path.basename(source).startswith(run_name(cfg)) and cfg.optimizer ==
+         start["config"].get("optimizer", "adamw"), f"{source} is of another stage or optimizer "
+         "than these settings: start that with --init_from")
     for name in ("mask_ratio", "label_dropout", "ema"):
         need(0 <= getattr(cfg, name) < 1, f"--{name}: expected at least 0 and below 1")
     return cfg, source, start
@@ -325,8 +327,7 @@ def build(cfg, source, start, device, rank, world, say):
     if source:
         ema.load_state_dict(start["ema"])
         for optimizer, stored in zip(optimizers, start["optimizer"]):  # the settings are today's
-            state = deepcopy(stored["state"]) if device.type == "cpu" else stored["state"]
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": deepcopy(stored["state"])})
         say(f"resumed from step {step}")
     here = "cpu" if device.type == "mps" else device  # two threads crash (pytorch issue 197805)
     stream = Stream(images, new, cfg, config, torch.device(here), rank, world)
@@ -354,7 +355,8 @@ def main(argv=None):
     if cfg.distill_from:
         teacher, theirs = sample.load_denoiser(cfg.distill_from, "ema", device)
         classes = (theirs.get("class_names") or []) if cfg.class_cond else []
-        kinds = {(c.grid, c.latent, c.consistency) for c in (config, teacher.config)}
+        kinds = {(c.grid, c.token_dim, c.latent, c.consistency, c.takes_all and cfg.mask_ratio)
+                 for c in (config, teacher.config)}
         need(cfg.replay and cfg.loss == "diffusion" and classes == names[: len(classes)] and
              len(kinds) == 1, f"{cfg.distill_from} needs --replay, diffusion and a model like this")
     share, tokens = cfg.batch_size // world, config.grid**2 if config.takes_all else stream.visible
@@ -366,9 +368,10 @@ def main(argv=None):
     tuned = cfg.init_from and (cfg.loss == "consistency" or cfg.decoder_depth)  # ECT, MaskDiT
     name = run_name(cfg)
     path, before = (os.path.join(cfg.out_dir, name + end) for end in (".pt", ".prev.pt"))
+    moved = {os.path.realpath(f[:-3] + end) for f in (path, before) for end in (".pt", ".old.pt")}
     for used in filter(None, (cfg.init_from, cfg.anchor, cfg.distill_from)):
-        need(os.path.realpath(used) not in map(os.path.realpath, (path, before)),
-             f"{used} would be replaced by this run: give another --out_dir")
+        need(os.path.realpath(used) not in moved, f"{used} would be replaced by this run: give "
+             "another --out_dir")
     os.makedirs(cfg.out_dir, exist_ok=True)
     for file in (path,) if source else (path, before):
         if rank == 0 and os.path.exists(file) and file != source:  # of another run, or damaged
@@ -437,8 +440,7 @@ def main(argv=None):
     while step < cfg.steps and not stop and bad < 10:
         batch = pending.result()
         pending = loader.submit(stream.load, step + 1)
-        index = batch.pop("index")
-        batch = {k: t if t is None else t.to(device) for k, t in batch.items()}  # if it is MPS
+        batch = {k: t if t is None else t.to(device) for k, t in batch.items() if k != "index"}
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = learning_rate(cfg, step, group["initial_lr"])
         loss = torch.zeros((), device=device)
@@ -468,10 +470,10 @@ def main(argv=None):
             bad = 0
         else:
             bad += 1
-            log(event="skipped", loss=str(loss), grad_norm=str(norm), index=index.tolist())
+            index = stream.index(step).tolist()
+            log(event="skipped", loss=str(loss), grad_norm=str(norm), index=index)
             say(f"step {step} skipped: loss {loss}, norm {norm}")
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        denoiser.zero_grad()
         step += 1
         bar.update()
         if cfg.log_every and step % cfg.log_every == 0 and not bad:
@@ -503,7 +505,7 @@ def main(argv=None):
     if stop:
         say(f"stopped after step {step}: {path} is saved, go on with --resume")
         sys.exit(128 + (caught or [signal.SIGTERM])[0])
-    say(f"wrote {path} after {step} steps")
+    say(f"{path} is at step {step}")
 
 if __name__ == "__main__":
     main()

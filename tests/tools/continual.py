@@ -26,6 +26,7 @@ the distances, and its change from the first model to the last is printed for th
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -59,7 +60,7 @@ def labels_of(task, args):
     if not args.class_cond:
         return []
     _, labels, meta = open_folder(task)
-    drawn = np.random.default_rng(0).choice(labels, args.num)
+    drawn = np.random.default_rng(0).choice(labels[labels >= 0], args.num)
     return ["--labels", ",".join(meta["class_names"][i] for i in drawn)]
 
 
@@ -200,8 +201,9 @@ def main():
     if differ := [k for k in about if stored[k] != about[k]]:
         sys.exit(f"{done} has results with other {differ[0]} ({stored[differ[0]]}): give another --out")
     done.write_text(json.dumps(stored, indent=1))
-    stored["command"] = " ".join(["python tests/tools/continual.py", *(Path(t).name for t in args.tasks),
-                                  f"--minutes {args.minutes:g} --seed {args.seed} --num {args.num}"])
+    stored["command"] = " ".join(["python tests/tools/continual.py", *(  # folders by their names
+        re.sub("(^|=)/.*/", r"\1", a) for before, a in zip(sys.argv, sys.argv[1:])
+        if "--out" not in (before, a) and not a.startswith("--out="))])
     if not (folder / "first.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

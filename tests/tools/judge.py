@@ -6,8 +6,8 @@ python fid.py data/faces out/ft.pt --num 1000 --features data/faces/judge.pt
 A small convolutional network sees pairs of views of training images: one as it is, one damaged. It
 learns two things: how each was damaged (blur, noise, patches that do not fit), and which two belong
 together. Brightness, contrast and tint of all views differ at random, so they tell it little. Its last
-layer, averaged over the places, is the features, in units in which the training images have a mean of
-0 and a variance of 100 in all: a distance of 1 is one per cent of it. The table damages validation
+layer, averaged over the places, is the features, in units in which the (first 5,120) training images
+have a mean of 0 and a variance of 100 in all: a distance of 1 is one per cent of it. The table damages validation
 images more and more, by kinds that it was trained on and by others, and gives Frechet distance and
 KID to the first 2,000 training images, by the judge's features and by random ones.
 """
