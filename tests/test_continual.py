@@ -266,6 +266,19 @@ def test_sets_and_teachers_that_do_not_fit_are_refused(tasks, tmp_path):
     assert "first/ft.pt" in mistake(train.main, *base, *large, teacher)
 
 
+def test_a_teacher_that_takes_other_patches_of_a_masked_image_is_refused(tasks, tmp_path):
+    """With a decoder all patches go in, without one the visible ones alone; of whole images both take all."""
+    base = [f"--data={tasks}/set0", f"--replay={tasks}/set1", "--batch_size=12", "--steps=1"]
+    decoder = ["--decoder_depth=1", "--decoder_dim=16", "--decoder_heads=1"]
+    train.main([f"--data={tasks}/set0", f"--out_dir={tmp_path}/a", "--batch_size=12", "--steps=1", *TINY, *decoder])
+    for kind, teacher in ([], f"{tmp_path}/a/ft.pt"), (decoder, f"{tasks}/first/ft.pt"):
+        args = [*base, f"--out_dir={tmp_path}/b", *TINY, *kind, f"--distill_from={teacher}"]
+        assert teacher in mistake(train.main, *args, *MASKED)
+        train.main(args)
+    patches = [*base, f"--out_dir={tmp_path}/c", *TINY, "--patch_size=2"]  # patches of other sizes are none, either
+    assert "first/ft.pt" in mistake(train.main, *patches, f"--distill_from={tasks}/first/ft.pt")
+
+
 def test_a_consistency_model_is_no_teacher(tasks, tmp_path):
     """It answers with an image that may lie behind the noise, not with the mean of all that may."""
     tune(tasks, "consistent", "--loss=consistency", "--steps=1")

@@ -894,8 +894,9 @@ def test_force_replaces_a_data_set_and_nothing_else(tmp_path):
     prepare(src, out, "--size=4")
     assert "--force" in refused(src, "--out", out, "--size", 8)
     assert open_folder(out)[2]["size"] == 4
+    (out / "judge.pt").write_text("features learned from the set, which go with it")
     prepare(src, out, "--size=8", "--force")
-    assert open_folder(out)[2]["size"] == 8
+    assert open_folder(out)[2]["size"] == 8 and not (out / "judge.pt").exists()
     assert sorted(os.listdir(tmp_path)) == ["out", "src"]
     (out / "thesis.tex").write_text("precious")
     for target in (out, src):

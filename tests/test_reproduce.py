@@ -77,6 +77,15 @@ def test_forgetting_is_the_last_distance_less_the_best():
     assert line.count("+0.5000") == 10 and line.endswith("| -0.1000 | +4 |")
 
 
+def test_images_without_a_class_ask_for_none(tmp_path):
+    data = make_dataset(tmp_path / "set", n=40, classes=3)
+    np.save(data / "train_labels.npy", np.repeat([0, 1, -1], [10, 5, 25]))
+    args = type("Args", (), dict(class_cond=True, num=300))
+    _, asked = continual.labels_of(str(data), args)
+    counts = [asked.split(",").count(f"class {i}") for i in range(3)]
+    assert counts[2] == 0 and sum(counts) == 300 and 150 < counts[0] < 250
+
+
 def test_a_row_that_runs_once_is_where_all_seeds_start():
     args = type("Args", (), dict(out="out", claim="consistency"))
     assert reproduce.folder_of(args, "diffusion", 1) == reproduce.folder_of(args, "diffusion", 0)

@@ -275,6 +275,11 @@ def test_a_name_of_a_picture_gives_a_picture(tmp_path, name, kind):
     assert Image.open(tmp_path / name).format == kind
 
 
+def test_a_model_without_classes_has_no_shares_of_them(tmp_path):
+    ckpt = make_checkpoint(tmp_path / "ft.pt")
+    assert "data" in mistake(sample.main, "--ckpt", ckpt, "--labels=data", "--num=4", f"--out={tmp_path}/x.npz")
+
+
 def test_labels_are_names_or_numbers(tmp_path):
     ckpt = make_checkpoint(tmp_path / "ft.pt", classes=3)
     flags = ["--num=4", "--steps=2", "--labels"]

@@ -13,7 +13,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, make_dataset, mistake, run
+from conftest import ROOT, TINY, make_dataset, mistake, run, run_two
 from test_continual import few_images
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -529,6 +529,10 @@ def test_a_checkpoint_that_the_run_reads_is_not_written_over(dataset, tmp_path):
         said = mistake(train.main, *args, *TINY, *more, f"--{flag}={tmp_path}/../{tmp_path.name}/ft.pt")
         assert "another --out_dir" in said
     assert (tmp_path / "ft.pt").read_bytes() == before and not (tmp_path / "ft.old.pt").exists()
+    for name in ("ft.old.pt", "ft.prev.old.pt"):  # ft.pt would be moved over it
+        (tmp_path / name).write_bytes(before)
+        assert name in mistake(train.main, *args, *TINY[4:], f"--init_from={tmp_path}/{name}")
+        assert (tmp_path / name).read_bytes() == before
 
 
 def named(folder, names, **how):
@@ -664,6 +668,20 @@ def test_steps_that_are_not_finite_are_skipped_and_logged_with_their_images(tmp_
     skipped = [r for r in records(tmp_path) if r.get("event") == "skipped"]
     assert [r["step"] for r in skipped] == [n for n in sick if n <= last]
     assert all(0 in r["index"] for r in skipped)
+
+
+def test_a_skipped_step_names_the_images_of_all_processes(tmp_path):
+    """The sick image is with the second process, and the first one writes the log."""
+    data = make_dataset(tmp_path / "poison", size=8, channels=4, dtype=np.float32, n=40)
+    latent = json.loads((data / "meta.json").read_text())["latent"]
+    stream = train.Stream(Images(str(data), "train", 4), 40, settings("--batch_size=8"),
+                          ModelConfig(image_size=8, channels=4, latent=latent), CPU)
+    batch, images = stream.index(1), np.load(data / "train.npy")
+    images[batch[3]] = np.nan
+    np.save(data / "train.npy", images)
+    run_two(tmp_path, "train", f"--data={data}", f"--out_dir={tmp_path}/out", "--batch_size=8", "--steps=3", *TINY)
+    (skipped,) = [r for r in records(tmp_path / "out") if r.get("event") == "skipped"]
+    assert skipped["step"] == 1 and skipped["index"] == batch.tolist()
 
 
 def test_a_run_whose_last_step_is_skipped_is_saved_all_the_same(dataset, tmp_path, monkeypatch):
@@ -916,6 +934,15 @@ def test_a_cpu_takes_at_once_what_all_tokens_of_an_image_leave_room_for(dataset,
     train.main([f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=96", "--steps=1", *TINY, "--mask_ratio=0.75",
                 "--mask_type=patch", "--dim=1024", "--depth=1", "--heads=1", *extra])
     assert sizes == [96 // parts] * parts
+
+
+@pytest.mark.parametrize("first, then", [("muon", "adamw"), ("adamw", "muon"), ("adamw", "radam")])
+def test_the_state_of_one_optimizer_is_not_given_to_another(dataset, tmp_path, first, then):
+    args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12"]
+    train.main([*args, *TINY, "--steps=2", f"--optimizer={first}"])
+    before = (tmp_path / "ft.pt").read_bytes()
+    assert "--init_from" in mistake(train.main, *args, "--steps=4", "--resume", f"--optimizer={then}")
+    assert (tmp_path / "ft.pt").read_bytes() == before
 
 
 def test_optimizer_settings_changed_at_resume_take_effect(dataset, tmp_path):
