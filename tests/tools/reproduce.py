@@ -381,9 +381,9 @@ def time_ratios(results, slow="from scratch", fast="two stages"):
 
 
 def plot(path, results, key, title):
-    """Draw a measure against planned seconds, a line for each row and seed."""
+    """Draw a measure against planned seconds, a line for each row and seed of which there are several points."""
     names = list(dict.fromkeys(r["row"] for r in results))
-    lines = [(r["row"], names.index(r["row"]), points(r, key), True) for r in results]
+    lines = [(r["row"], names.index(r["row"]), points(r, key), True) for r in results if len(points(r, key)) > 1]
     curves.draw(path, lines, f"{title} against planned seconds of training")
 
 
