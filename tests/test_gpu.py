@@ -40,7 +40,8 @@ BUGS = {  # what is wrong: (a run, a file, the right text, the wrong one)
     "frequencies are no buffer": ("masked", "model.py", 'self.register_buffer("freq", freq, persistent=False)',
                                   "self.freq = freq"),
     "decoder's positions are no buffer": ("decoder", "model.py", 'self.register_buffer("decoder_positions", '
-                                          "positions, persistent=False)", "self.decoder_positions = positions"),
+                                          "sincos_positions(c.grid, width), False)",
+                                          "self.decoder_positions = sincos_positions(c.grid, width)"),
     "a loss is read in every part": ("masked", "train.py", "loss += part_loss.detach()", "loss += part_loss.item()"),
     "the flag to stop is elsewhere": ("masked", "train.py", "torch.full_like(loss, len(caught) > 0)",
                                       "torch.full((), float(len(caught) > 0))"),
