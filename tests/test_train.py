@@ -206,7 +206,8 @@ def test_learning_rate_warms_up_and_follows_its_schedule():
 def place(path, when, config=(), **architecture):
     """A checkpoint without weights, last written at `when`."""
     torch.save(dict(model={}, ema={}, optimizer=[], step=1, noise=model.NOISE,
-                    config=dict(optimizer="muon") | dict(config), architecture=asdict(ModelConfig(**architecture)), class_names=None), path)
+                    config=dict(optimizer="muon") | dict(config), class_names=None,
+                    architecture=asdict(ModelConfig(**architecture))), path)
     os.utime(path, (when, when))
     return path
 
