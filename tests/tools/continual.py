@@ -26,7 +26,6 @@ the distances, and its change from the first model to the last is printed for th
 import argparse
 import json
 import os
-import re
 import shutil
 import statistics
 import sys
@@ -37,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 
-from reproduce import B16, QUIET, call, last_json, masked, step_seconds, train_for, where_from  # puts the project on the path
+from reproduce import (B16, QUIET, call, last_json, masked, step_seconds, train_for, typed,  # puts the project on the path
+                       where_from)
 
 import sample
 from prepare_data import open_folder
@@ -201,9 +201,7 @@ def main():
     if differ := [k for k in about if stored[k] != about[k]]:
         sys.exit(f"{done} has results with other {differ[0]} ({stored[differ[0]]}): give another --out")
     done.write_text(json.dumps(stored, indent=1))
-    stored["command"] = " ".join(["python tests/tools/continual.py", *(  # folders by their names
-        re.sub("(^|=)/.*/", r"\1", a) for before, a in zip(sys.argv, sys.argv[1:])
-        if "--out" not in (before, a) and not a.startswith("--out="))])
+    stored["command"] = typed("continual.py")
     if not (folder / "first.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

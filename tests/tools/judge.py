@@ -7,9 +7,9 @@ A small convolutional network sees pairs of views of training images: one as it 
 learns two things: how each was damaged (blur, noise, patches that do not fit), and which two belong
 together. Brightness, contrast and tint of all views differ at random, so they tell it little. Its last
 layer, averaged over the places, is the features, in units in which the (first 5,120) training images
-have a mean of 0 and a variance of 100 in all: a distance of 1 is one per cent of it. The table damages validation
-images more and more, by kinds that it was trained on and by others, and gives Frechet distance and
-KID to the first 2,000 training images, by the judge's features and by random ones.
+have a mean of 0 and a variance of 100 in all: a distance of 1 is one per cent of it. The table
+damages validation images more and more, by kinds that it was trained on and by others, and gives
+Frechet distance and KID to the first 2,000 training images, by the judge's features and by random ones.
 """
 
 import argparse
@@ -175,7 +175,7 @@ def main(argv=None):
     parser.add_argument("--table", action=argparse.BooleanOptionalAction, default=True, help="compare (20 minutes)")
     args = parser.parse_args(argv)
     out = Path(args.out or Path(args.data, "judge.pt"))
-    images, _, meta = open_folder(args.data)
+    images = open_folder(args.data)[0]
     need(images.dtype == np.uint8, f"{args.data} holds latents, expected images: prepare it from images")
     net = torch.jit.trace(fit(images, args.steps), torch.zeros(2, 3, *images.shape[1:3]))
     sample.replace_file(out, lambda f: torch.jit.save(net, f))

@@ -60,6 +60,11 @@ def two_stages(share, *flags):
     return row((share, flags), (1 - share, []))
 
 
+def tuned(*stages, once=False):
+    """Stages of consistency tuning of the claim's diffusion model, drawn in one and two steps."""
+    return row(*stages, start="diffusion", draw=(["--steps=1"], ["--steps=2"]), once=once)
+
+
 B16 = "--batch_size=16"  # of whole images, where 4 is the default today
 WHOLE = (0.5, [B16])  # the second half of the time
 BLOCK = masked(0.9, kind="block")
@@ -106,9 +111,10 @@ CLAIMS = {
     "consistency": dict(network=DEMO, rows={
         "diffusion": row((0.5, masked(0.75)), WHOLE, once=True, draw=[["--steps=18"]] + [
             ["--sampler=euler", f"--steps={n}"] for n in (1, 2, 8)]),
-        **{name: row(*stages, start="diffusion", draw=(["--steps=1"], ["--steps=2"]), once="," in name)
-           for name, stages in {"ECT": [(1, CM)], "SCT": [(1, SCT)], "SCT, clipped": [(1, [*SCT, "--grad_clip=1"])],
-                                "SCT, masked 0.5 at first": [(0.5, [*SCT, *masked(0.5)]), (0.5, SCT)]}.items()}}),
+        "ECT": tuned((1, CM)),
+        "SCT": tuned((1, SCT)),
+        "SCT, clipped": tuned((1, [*SCT, "--grad_clip=1"]), once=True),
+        "SCT, masked 0.5 at first": tuned((0.5, [*SCT, *masked(0.5)]), (0.5, SCT), once=True)}),
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -140,6 +146,13 @@ def where_from():
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(names)} cores of {names[0]}"
     return dict(commit=git.stdout.strip() or "unknown", machine=device, torch=torch.__version__,
                 date=time.strftime("%Y-%m-%d"))
+
+
+def typed(script):
+    """The command of this process as anybody can type it: without --out, files by their names."""
+    return " ".join([f"python tests/tools/{script}", *(
+        re.sub("(^|=)/.*/", r"\1", a) for before, a in zip(sys.argv, sys.argv[1:])
+        if "--out" not in (before, a) and not a.startswith("--out="))])
 
 
 def records(folder):
@@ -368,8 +381,7 @@ def time_ratios(results, slow="from scratch", fast="two stages"):
         found = {r["row"]: r for r in results if r["seed"] == seed}
         if not {slow, fast} <= set(found):
             continue
-        judged = all("judge_fd" in found[way]["drawn"][0] for way in (slow, fast))
-        for key, name in (("curve", "validation loss"), ("fd_curve", "judge's FD"))[: 1 + judged]:
+        for key, name in (("curve", "validation loss"), ("fd_curve", "judge's FD")):
             ways = [points(found[way], key) for way in (slow, fast)]
             value = max(min(v for _, v in way) for way in ways)
             late, soon = (reached(way, value) for way in ways)
@@ -420,9 +432,7 @@ def main():
     if differ := [k for k in about if stored.get(k) != about[k]]:
         sys.exit(f"{done} has results with other {differ[0]} ({stored.get(differ[0])}): give another --out")
     data_set("data", args)
-    stored["command"] = " ".join(["python tests/tools/reproduce.py", *(
-        re.sub("(^|=)/.*/", r"\1", a) for before, a in zip(sys.argv, sys.argv[1:])  # files by their names
-        if "--out" not in (before, a) and not a.startswith("--out="))])
+    stored["command"] = typed("reproduce.py")
     rows = {name: way for name, way in rows.items() if re.search(args.only, name)}
     results, failed = stored["results"], []
     costs = stored.setdefault("cost_seconds", {})  # by the flags; a call that goes on plans as before
