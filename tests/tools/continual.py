@@ -36,14 +36,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 
-from reproduce import (B16, QUIET, call, last_json, masked, step_seconds, train_for, typed,  # puts the project on the path
-                       where_from)
+from reproduce import (B16, QUIET, both, call, last_json, masked, step_seconds, train_for, typed,
+                       where_from)  # puts the project on the path
 
 import sample
 from prepare_data import open_folder
 
 DEFAULT = ("fine-tuning,joint,replay-1-64,replay-0.1-64,replay-1-512,replay-0.1-512,replay-1+taught,generative-1,"
-           "generative-1+taught,replay-0.1-512+masked,ewc-1e4,l2-0.01")
+           "generative-1+taught,replay-0.1-512+masked,ewc-1e4,ewc-1e6,l2-0.001,l2-0.1")
 
 
 def task_of(text, out):
@@ -116,8 +116,8 @@ def distances(checkpoint, tasks, folder, args, log):
 def cost_of(flags, tasks, args, known, log):
     """Seconds of a step with these flags, on the machine on which one on the first set takes `known` seconds."""
     plain = [f"--data={tasks[0]}", "--preset=demo", B16, *["--class_cond"] * args.class_cond]
-    both = step_seconds([plain, flags] if known else [plain], Path(args.out, "trial"), log, rounds=2)
-    return both[tuple(flags)] * known / both[tuple(plain)] if known else both[tuple(plain)]
+    paces = step_seconds([plain, flags] if known else [plain], Path(args.out, "trial"), log, rounds=2)
+    return paces[tuple(flags)] * known / paces[tuple(plain)] if known else paces[tuple(plain)]
 
 
 def learn(method, tasks, args, first):
@@ -151,15 +151,18 @@ def report_of(checkpoint, tasks, log):
 
 
 def table(results, names):
+    """Markdown, a line for each method, over its seeds."""
     lines = ["| method | " + " | ".join(f"{n} after {m}" for j, m in enumerate(names) for n in names[: j + 1])
              + " | average at the end | forgetting | images/s by stage | seconds |",
              "|---" * (len(names) * (len(names) + 1) // 2 + 5) + "|"]
-    for r in results:
-        last = r["matrix"][-1]
-        lost = [last[i] - min(row[i] for row in r["matrix"] if len(row) > i) for i in range(len(last) - 1)]
-        rates = ", ".join(f"{s['images_per_s']:.0f}" for s in r["stages"])
-        lines.append(f"| {r['method']} | " + " | ".join(f"{v:.4g}" for row in r["matrix"] for v in row)
-                     + f" | {statistics.mean(last):.4g} | {statistics.mean(lost):.4g} | {rates} | {r['seconds']:.0f} |")
+    for method in dict.fromkeys(r["method"] for r in results):
+        found = []  # a list of figures for each seed
+        for r in [r for r in results if r["method"] == method]:
+            last, rates = r["matrix"][-1], ", ".join(f"{s['images_per_s']:.0f}" for s in r["stages"])
+            lost = [last[i] - min(row[i] for row in r["matrix"] if len(row) > i) for i in range(len(last) - 1)]
+            found.append([*(v for row in r["matrix"] for v in row), statistics.mean(last), statistics.mean(lost)])
+        figures = " | ".join(both(values) for values in zip(*found))
+        lines.append(f"| {method} | {figures} | {rates} | {r['seconds']:.0f} |")
     return "\n".join(lines)
 
 
