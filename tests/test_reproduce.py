@@ -73,6 +73,9 @@ def test_forgetting_is_the_last_distance_less_the_best():
              stages=[dict(images_per_s=30.2)])
     cells = continual.table([r], ["a", "b", "c"]).splitlines()[2].split(" | ")
     assert cells[-4] == f"{16 / 3:.4g}" and cells[-3] == f"{((8 - 4) + (6 - 5)) / 2:.4g}" and cells[-2] == "30"
+    again = dict(r, matrix=[[6.0], [9.0, 5.0], [14.0, 6.0, 2.0]])  # another seed: forgets 8 and 1
+    cells = continual.table([r, again], ["a", "b", "c"]).splitlines()[2].split(" | ")
+    assert cells[1:3] == ["5 ± 1", "9 ± 0"] and cells[-3] == "3.5 ± 1"
     line = continual.change_by_level([r], dict(report=report)).splitlines()[2]
     assert line.count("+0.5000") == 10 and line.endswith("| -0.1000 | +4 |")
 
@@ -248,15 +251,15 @@ def test_a_claim_runs_from_data_to_table_and_is_not_run_again(tmp_path, called):
     for name, sizes in (("from-scratch", {"1"}), ("two-stages", {"12", "1"})):  # of whole and of masked images
         log = (tmp_path / f"out/speedup/{name}-0/output.txt").read_text()
         assert set(re.findall(r"batch_size = (\d+)", log)) == sizes
-    assert [r["row"] for r in stored["results"]] == ["from scratch", "two stages"]
+    assert [r["row"] for r in stored["results"]] == ["from scratch", "from scratch, half as long", "two stages"]
     assert all({"judge_fd", "random_fd"} <= set(d) for r in stored["results"] for d in r["drawn"])
-    scratch, two = stored["results"]
-    assert len(two["stages"]) == 2 and two["minutes"] == pytest.approx(0.015)
+    scratch, short, two = stored["results"]
+    assert scratch["minutes"] == 2 * short["minutes"] and len(two["stages"]) == 2 and two["minutes"] == pytest.approx(0.015)
     assert str(tmp_path) not in json.dumps(stored) and f"speedup --data={data.name} --seeds" in stored["command"]
     times = [t for t, _ in reproduce.points(two, "curve")]
     assert times == sorted(times) and len(times) > 2 and all(math.isfinite(v) for _, v in two["stages"][0]["curve"])
     with Image.open(tmp_path / "out/speedup-samples.png") as lines:
-        assert lines.height < lines.width  # two lines of eight samples
+        assert lines.height < lines.width  # three lines of eight samples
     assert (tmp_path / "out/speedup-fd_curve.png").exists() and "times faster" in first.out
     again = called(*command)
     assert again.out == first.out and "from scratch, seed" not in again.err
