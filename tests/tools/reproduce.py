@@ -450,7 +450,7 @@ def main():
     todo = [(name, seed) for seed, name in itertools.product(range(args.seeds), rows)
             if not (seed and rows[name]["once"]) and not any((r["row"], r["seed"]) == (name, seed) for r in results)]
     for way in rows.values():  # before several rows need it at once
-        for features in ["judge", "random"][: 1 + args.random]:
+        for features in ["judge", "random"][: 1 + args.random] if way["draw"] else []:
             reference(way["on"], args, features)
     ended, lock = {task: threading.Event() for task in todo}, threading.Lock()
 
