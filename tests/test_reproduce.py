@@ -281,6 +281,9 @@ def test_one_class_after_another_is_learned_and_each_judged_by_its_own_samples(t
     for c in (0, 1):
         images, labels, meta = open_folder(tmp_path / f"out/class {c}")
         assert meta["class_names"] == [f"class {c}"] and set(labels) == {0} and len(images) == 20
+    with Image.open(tmp_path / "out/continual-samples.png") as lines:
+        grid = Image.open(tmp_path / "out/generative-1+taught-0/task1/samples1.png")
+        assert lines.width == 2 * grid.width  # samples of both classes side by side
     again = called(*command)
     assert again.out == first.out and "class 1 after class 0" in first.out
     with pytest.raises(SystemExit, match="--classes cats: expected some of "):

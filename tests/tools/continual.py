@@ -35,6 +35,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
+from PIL import Image
 
 from reproduce import (B16, QUIET, both, call, last_json, masked, step_seconds, train_for, typed,
                        where_from)  # puts the project on the path
@@ -181,6 +182,16 @@ def change_by_level(results, first):
     return "\n".join(lines)
 
 
+def picture(args, results):
+    """OUT/continual-samples.png: a line for each method, the first images of each set after the last one."""
+    lines = []
+    for r in results:
+        grids = sorted(Path(args.out, f"{r['method']}-{args.seed}", f"task{len(r['matrix']) - 1}").glob("samples?.png"))
+        rows = [np.asarray(Image.open(grid)) for grid in grids]  # of eight lines
+        lines.append(np.hstack([row[: len(row) // 8] for row in rows]))
+    Image.fromarray(np.vstack(lines)).save(Path(args.out, "continual-samples.png"))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -229,6 +240,7 @@ def main():
             done.write_text(json.dumps(stored, indent=1))
             print(method, results[-1]["matrix"], file=sys.stderr, flush=True)
         mine += [r for r in results if wanted.items() <= r.items()]
+    picture(args, mine)
     print(table(mine, stored["tasks"]))
     print("\n" + change_by_level(mine, first))
 
