@@ -85,7 +85,9 @@ CLAIMS = {
     "recipe": dict(network=DEMO, rows={
         "from scratch": row((1, []), time=2, curve=True),
         "from scratch, half as long": row((1, [])),
+        "from scratch, twice the rate": row((1, ["--lr=4e-3"]), time=2, once=True),
         "two stages": row((2 / 3, BLOCK), (1 / 3, []), curve=True),
+        "twice the rate in stage 2": row((2 / 3, BLOCK), (1 / 3, ["--lr=4e-3"]), once=True),
         "both with AdamW": row((2 / 3, [*BLOCK, *ADAMW]), (1 / 3, ADAMW)),
         "from averaged weights": row((2 / 3, BLOCK), (1 / 3, ["--init_weights=ema"])),
         "then wide noise": row((2 / 3, BLOCK), (1 / 3, WIDE)),
