@@ -46,8 +46,7 @@ DEFAULTS = {  # (stage, whether on a GPU); on two cores ten minutes for both sta
     ("cm", False): dict(batch_size=32, steps=1200, sample_every=400),
     ("pt", True): GPU | dict(batch_size=256),
     ("ft", True): GPU | dict(batch_size=128, sample_every=5000),
-    ("cm", True): GPU | dict(batch_size=128, sample_every=5000, steps=200_000, lr=1e-4, beta1=0.9,
-                             cm_stages=8),
+    ("cm", True): GPU | dict(batch_size=128, steps=200000, lr=1e-4, cm_stages=8, sample_every=5000),
 }
 TUNING = dict(init_weights="ema", optimizer="adamw", beta1=0.9, weight_decay=0.0, warmup=0,
               grad_clip=0.0, ema=0.9999, label_dropout=0.0, dtype="float32")
@@ -127,7 +126,8 @@ def parse(argv):
     parser.set_defaults(**DEFAULTS[run_name(cfg), kind != "cpu"])
     if cfg.loss == "consistency":
         need_noise("edm", "--loss=consistency")
-        parser.set_defaults(**CONSISTENCY[cfg.cm_preset])
+        short = dict(ema=0.995) if kind == "cpu" else {}  # 0.9999 would stay behind
+        parser.set_defaults(**CONSISTENCY[cfg.cm_preset] | short)
     sizes = start.get("architecture") or PRESETS[parser.parse_args(argv).preset]
     parser.set_defaults(**{k: sizes[k] for k in ARCHITECTURE if k in sizes},
                         class_cond=sizes.get("num_classes", 0) > 0,

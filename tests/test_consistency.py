@@ -219,6 +219,13 @@ def test_on_a_gpu_pairs_end_as_close_as_in_the_papers_and_are_computed_in_float3
     assert cfg.dtype == "float32" and cfg.cm_q ** -cfg.cm_stages == gap
 
 
+def test_on_a_cpu_the_average_keeps_up_with_a_short_tuning(monkeypatch):
+    monkeypatch.setattr(sample, "pick_device", lambda name, rank=0: torch.device("cpu"))
+    cfg, _, _ = train.parse(["--loss=consistency"])
+    assert cfg.ema ** (cfg.steps / cfg.cm_stages) < 0.3  # of what the average was when the last stage began
+    assert train.parse(["--loss=consistency", "--ema=0.9"])[0].ema == 0.9
+
+
 @pytest.mark.parametrize("preset, official", [
     ("cifar10", dict(optimizer="radam", lr=1e-4, beta1=0.9, beta2=0.999, lr_schedule="constant", ema=0.9999,
                      steps=200_000, p_mean=-1.1, p_std=2.0, cm_q=2, cm_c=0, cm_weight="gap")),
