@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shlex
 import signal
 import sys
 import time
@@ -78,6 +79,12 @@ def test_forgetting_is_the_last_distance_less_the_best():
     assert cells[1:3] == ["5 ± 1", "9 ± 0"] and cells[-3] == "3.5 ± 1"
     line = continual.change_by_level([r], dict(report=report)).splitlines()[2]
     assert line.count("+0.5000") == 10 and line.endswith("| -0.1000 | +4 |")
+
+
+def test_the_stored_command_can_be_typed(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "decoder", "--only", "MaskDiT 0.5$|routed", "--data=/a/b/set", "--out", "/c/d"])
+    assert shlex.split(reproduce.typed("reproduce.py")) == ["python", "tests/tools/reproduce.py", "decoder", "--only",
+                                                            "MaskDiT 0.5$|routed", "--data=set"]
 
 
 def test_images_without_a_class_ask_for_none(tmp_path):

@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -158,7 +159,7 @@ def where_from():
 
 def typed(script):
     """The command of this process as anybody can type it: without --out, files by their names."""
-    return " ".join([f"python tests/tools/{script}", *(
+    return shlex.join(["python", f"tests/tools/{script}", *(
         re.sub("(^|=)/.*/", r"\1", a) for before, a in zip(sys.argv, sys.argv[1:])
         if "--out" not in (before, a) and not a.startswith("--out="))])
 
