@@ -287,13 +287,18 @@ def flags_of(way, flags, args):
     return [f"--data={data_set(way['on'], args)}", *network, *flags]
 
 
+def is_given(way, args):
+    """Whether --start stands in for this row."""
+    return bool(args.start and way["once"] and not way["start"])
+
+
 def run_row(name, seed, args, costs):
     claim, out_dir = CLAIMS[args.claim], folder_of(args, name, seed)
     shutil.rmtree(out_dir, ignore_errors=True)
     out_dir.mkdir(parents=True)
     way, log, stages, before = claim["rows"][name], out_dir / "output.txt", [], 0
-    ready = not way["start"] and way["once"] and args.start
-    checkpoint = ready or (folder_of(args, way["start"], seed) / "final.pt" if way["start"] else None)
+    ready = is_given(way, args)
+    checkpoint = args.start if ready else (folder_of(args, way["start"], seed) / "final.pt" if way["start"] else None)
     for i, (share, flags) in enumerate(() if ready else way["stages"]):
         flags = flags_of(way, flags, args)
         start = [f"--init_from={checkpoint}"] if checkpoint else []
@@ -445,7 +450,8 @@ def main():
     rows = {name: way for name, way in rows.items() if re.search(args.only, name)}
     results, failed = stored["results"], []
     costs = stored.setdefault("cost_seconds", {})  # by the flags; a call that goes on plans as before
-    needed = {"/".join(f[1:]): f for way in rows.values() for f in [flags_of(way, flags, args) for _, flags in way["stages"]]}
+    needed = {"/".join(f[1:]): f for way in rows.values() if not is_given(way, args)
+              for f in [flags_of(way, flags, args) for _, flags in way["stages"]]}
     if missing := [f for key, f in needed.items() if key not in costs]:
         known = [needed[key] for key in needed if key in costs][:1]  # tells how fast the machine is now
         paces = step_seconds(known + missing, Path(args.out, "trial"), args.out + "/output.txt")
