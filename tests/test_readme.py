@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import statistics
 import tokenize
 from pathlib import Path
 
@@ -28,7 +29,6 @@ MAKERS = {
     "agreement": lambda r: label_agreement.table(r["results"]),
     "judge": lambda r: judge.table(r["results"]),
     "speed": lambda r: bench.summary(r["results"]),
-    "demo": lambda r: bench.demo_table(r["results"]),
     "against": lambda r: bench.against_table(r["results"]),
     "factors": lambda r: bench.factors_table(r["results"]),
 }
@@ -62,6 +62,22 @@ def test_the_headline_figures_are_those_of_the_results():
         ratios = [line.split(" | ")[-1].rstrip(" |") for line in reproduce.time_ratios(stored(name)["results"]).splitlines()
                   if "validation loss" in line]
         assert gain == f"{' and '.join(ratios)} times (two seeds)"
+
+
+def test_figures_within_the_text_are_those_of_the_results():
+    text = " ".join(PAGES["assets/results/README.md"].split())
+    (demo,) = stored("demo.json")["results"]
+    assert f"takes {demo['all_s'] / 60:.1f} minutes without" in text
+    assert (f"stage 1 takes {demo['pt_seconds']:.0f} s to a loss of {demo['pt_val_loss']:.4f}, stage 2 "
+            f"{demo['ft_seconds']:.0f} s to {demo['ft_val_loss']:.4f}") in text
+    before, wide, today = [(r["val_loss"], r["drawn"][0]["judge_fd"]) for r in stored("demo-before.json")["results"]]
+    assert f"loss {today[0]:.4f} against {before[0]:.4f}, judge's FD {today[1]:.2f} against {before[1]:.2f}" in text
+    assert f"{wide[0]:.4f} and {wide[1]:.2f}, as rough" in text
+    many = stored("speedup-faces-1024.json")["results"]
+    for row in ("from scratch", "two stages"):
+        found = [(r["val_loss"], r["drawn"][0]["judge_fd"]) for r in many if r["row"] == row]
+        loss, fd = (statistics.mean(values) for values in zip(*found))
+        assert f"{loss:.4g}, judge's FD {fd:.1f}" in text
 
 
 def test_links_and_files_of_the_pages_exist():

@@ -620,14 +620,6 @@ def factors_table(results):
     return "\n".join(lines)
 
 
-def demo_table(results):
-    """The table of README from what --json stored of the section demo."""
-    lines = ["| all four scripts | stage 1 | validation loss | stage 2 | validation loss |", "|---" * 5 + "|"]
-    return "\n".join(lines + [
-        f"| {r['all_s'] / 60:.1f} min | {r['pt_seconds']:.0f} s | {r['pt_val_loss']:.4f} | {r['ft_seconds']:.0f} s "
-        f"| {r['ft_val_loss']:.4f} |" for r in results])
-
-
 def report(section, rows):
     """What the ratios of a section say."""
     values = dict(rows)
