@@ -73,6 +73,9 @@ def test_figures_within_the_text_are_those_of_the_results():
     before, wide, today = [(r["val_loss"], r["drawn"][0]["judge_fd"]) for r in stored("demo-before.json")["results"]]
     assert f"loss {today[0]:.4f} against {before[0]:.4f}, judge's FD {today[1]:.2f} against {before[1]:.2f}" in text
     assert f"{wide[0]:.4f} and {wide[1]:.2f}, as rough" in text
+    random = stored("consistency.json")["random_fd_of_500"]
+    assert f"at {random['SCT']:.3g} (SCT) and {random['ECT']:.3g} (ECT) against {random['diffusion']:.3g}" in text
+    assert " and ".join(f"{random[way] / random['diffusion']:.1f}" for way in ("SCT", "ECT")) in text
     many = stored("speedup-faces-1024.json")["results"]
     for row in ("from scratch", "two stages"):
         found = [(r["val_loss"], r["drawn"][0]["judge_fd"]) for r in many if r["row"] == row]
