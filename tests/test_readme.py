@@ -87,6 +87,8 @@ def test_links_and_files_of_the_pages_exist():
     for name, page in PAGES.items():
         for target in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\"]+)\"", page):
             assert (ROOT / name).parent.joinpath("".join(target)).exists(), target
+        headings = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)", page, re.MULTILINE)}
+        assert set(re.findall(r"\]\(#([^)]+)\)", page)) <= headings
     for path in re.findall(r"tests/tools/\w+\.py", "".join(PAGES.values())):
         assert (ROOT / path).exists()
 
