@@ -79,6 +79,8 @@ def test_figures_within_the_text_are_those_of_the_results():
     faces = [d["judge_fd"] for r in stored("consistency-faces.json")["results"] for d in r["drawn"]]
     assert (f"reach {faces[5]:.3g} in two steps and {faces[4]:.3g} in one, against {faces[0]:.3g} in 35 evaluations and "
             f"{faces[3]:.3g} in 8") in text
+    for r in stored("official.json")["results"]:
+        assert f"{r['val_loss']:.4f} and " in text and re.search(rf" {r['drawn'][0]['judge_fd']:.3g}\b", text)
     many = stored("speedup-faces-1024.json")["results"]
     for row in ("from scratch", "two stages"):
         found = [(r["val_loss"], r["drawn"][0]["judge_fd"]) for r in many if r["row"] == row]

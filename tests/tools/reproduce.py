@@ -119,11 +119,11 @@ CLAIMS = {
             ["--sampler=euler", f"--steps={n}"] for n in (1, 2, 8)]),
         "ECT": tuned((1, CM)),
         "SCT": tuned((1, SCT), draw=(["--steps=1", RAW], ["--steps=2", RAW], ["--steps=2"])),
-        "SCT, clipped": tuned((1, [*SCT, "--grad_clip=1"]), once=True),
+        "SCT, clipped": tuned((1, [*SCT, "--grad_clip=1"]), once=True, draw=(["--steps=2", RAW],)),
         # As at first: an average that warms up is at (1 + step) / (10 + step) = 0.995 here at the end.
         "SCT, AdamW, clipped, average of 0.995": tuned((1, [*SCT, *ADAMW, "--grad_clip=1", "--ema=0.995"]), once=True,
                                                        draw=(["--steps=1"], ["--steps=2"])),
-        "SCT, masked 0.5 at first": tuned((0.5, [*SCT, *masked(0.5)]), (0.5, SCT), once=True)}),
+        "SCT, masked 0.5 at first": tuned((0.5, [*SCT, *masked(0.5)]), (0.5, SCT), once=True, draw=(["--steps=2", RAW],))}),
 }
 
 # ---------------------------------------------------------------------------------------------
