@@ -81,6 +81,8 @@ def test_figures_within_the_text_are_those_of_the_results():
             f"{faces[3]:.3g} in 8") in text
     for r in stored("official.json")["results"]:
         assert f"{r['val_loss']:.4f} and " in text and re.search(rf" {r['drawn'][0]['judge_fd']:.3g}\b", text)
+    *drawn, real = [f"{100 * r['agreement']:.0f}" for r in stored("label-agreement.json")["results"]]
+    assert f"in {drawn[0]}, {drawn[1]} and {drawn[2]} % of cases" in text and f"it gets {real} %" in text
     many = stored("speedup-faces-1024.json")["results"]
     for row in ("from scratch", "two stages"):
         found = [(r["val_loss"], r["drawn"][0]["judge_fd"]) for r in many if r["row"] == row]

@@ -75,7 +75,7 @@ DEMO = ["--preset=demo"]
 ADAMW = ["--optimizer=adamw"]
 # Whole images of which a quarter of the patches goes through blocks 1 to 4.
 ROUTED = [*masked(0.75, kind="block"), "--route=1,5", "--batch_size=4", "--lr=2e-3"]
-CM = ["--loss=consistency", "--ema=0.999"]
+CM = ["--loss=consistency", "--ema=0.999"]  # on every device; one line of the table is drawn by it
 SCT = [*CM, "--ref_batch=256"]
 CLAIMS = {
     # How much sooner is equal quality there? The other rows end after half of the time.
