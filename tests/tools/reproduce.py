@@ -117,6 +117,7 @@ CLAIMS = {
     "consistency": dict(network=DEMO, rows={
         "diffusion": row((0.5, masked(0.75)), WHOLE, once=True, draw=[["--steps=18"]] + [
             ["--sampler=euler", f"--steps={n}"] for n in (1, 2, 8)]),
+        "diffusion, trained on": row((1, [B16]), start="diffusion", draw=(["--steps=18"],)),
         "ECT": tuned((1, CM)),
         "SCT": tuned((1, SCT), draw=(["--steps=1", RAW], ["--steps=2", RAW], ["--steps=2"])),
         "SCT, clipped": tuned((1, [*SCT, "--grad_clip=1"]), once=True, draw=(["--steps=2", RAW],)),
