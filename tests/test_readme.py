@@ -76,6 +76,9 @@ def test_figures_within_the_text_are_those_of_the_results():
     random = stored("consistency.json")["random_fd_of_500"]
     assert f"at {random['SCT']:.3g} (SCT) and {random['ECT']:.3g} (ECT) against {random['diffusion']:.3g}" in text
     assert " and ".join(f"{random[way] / random['diffusion']:.1f}" for way in ("SCT", "ECT")) in text
+    on = [r["drawn"][0]["judge_fd"] for r in stored("consistency.json")["results"] if r["row"] == "diffusion, trained on"]
+    assert f"reaches {statistics.mean(on):.2g}, still in 35" in text
+    assert f"The model that trained on is at {random['diffusion, trained on']:.2g}," in text
     faces = [d["judge_fd"] for r in stored("consistency-faces.json")["results"] for d in r["drawn"]]
     assert (f"reach {faces[5]:.3g} in two steps and {faces[4]:.3g} in one, against {faces[0]:.3g} in 35 evaluations and "
             f"{faces[3]:.3g} in 8") in text
