@@ -76,6 +76,9 @@ def test_figures_within_the_text_are_those_of_the_results():
     random = stored("consistency.json")["random_fd_of_500"]
     assert f"at {random['SCT']:.3g} (SCT) and {random['ECT']:.3g} (ECT) against {random['diffusion']:.3g}" in text
     assert " and ".join(f"{random[way] / random['diffusion']:.1f}" for way in ("SCT", "ECT")) in text
+    distance = {(r["row"], r["seed"]): f"{r['drawn'][0]['judge_fd']:.1f}" for r in stored("decoder.json")["results"]}
+    plain, decoded = (" and ".join(sorted(distance[way, seed] for seed in (0, 1))) for way in ("MaskDM 0.5", "MaskDiT 0.5"))
+    assert f"({plain} for plain masking, {decoded} for MaskDiT)" in text
     on = [r["drawn"][0]["judge_fd"] for r in stored("consistency.json")["results"] if r["row"] == "diffusion, trained on"]
     assert f"reaches {statistics.mean(on):.2g}, still in 35" in text
     assert f"The model that trained on is at {random['diffusion, trained on']:.2g}," in text
