@@ -50,10 +50,11 @@ def test_the_ratio_is_of_times_at_equal_quality(tmp_path):
     loss, fd = reproduce.time_ratios([slow, fast]).splitlines()[2:]
     assert loss.endswith("| 0.2 | 120 s | 30 s | 4.0 |")  # where the slow one ends, 120 against 30
     assert fd.endswith("| 5 | 108 s | 40 s | 2.7 |")  # where the fast one ends, 120 - 60 / 5 against 40
-    # A curve that rises again counts at its best; what was there at its first point came no later than that.
-    again = result("two stages", 0, [[30, 0.18], [40, 0.3]], [[20, 8.0], [40, 3.0], [50, 9.0]])
+    # A dip does not count: where a curve stays does. What was there at its first point came no later than that.
+    again = result("two stages", 0, [[20, 0.25], [30, 0.18], [40, 0.3], [60, 0.1]], [[20, 2.0], [40, 3.0], [50, 3.5]])
     loss, fd = reproduce.time_ratios([slow, again]).splitlines()[2:]
-    assert loss.endswith("| 0.2 | 120 s | ≤ 30 s | ≥ 4.0 |") and fd.endswith("| 4 | 120 s | 36 s | 3.3 |")
+    assert loss.endswith("| 0.2 | 120 s | 50 s | 2.4 |")  # not at 28 s, on the way to the dip
+    assert fd.endswith("| 4 | 120 s | ≤ 20 s | ≥ 6.0 |")
     reproduce.plot(tmp_path / "curve.png", [slow, fast], "curve", "validation loss")
     with Image.open(tmp_path / "curve.png") as picture:
         colours = {c for _, c in picture.convert("RGB").getcolors(1 << 16)}

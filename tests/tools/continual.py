@@ -157,13 +157,15 @@ def table(results, names):
              + " | average at the end | forgetting | images/s by stage | seconds |",
              "|---" * (len(names) * (len(names) + 1) // 2 + 5) + "|"]
     for method in dict.fromkeys(r["method"] for r in results):
-        found = []  # a list of figures for each seed
-        for r in [r for r in results if r["method"] == method]:
-            last, rates = r["matrix"][-1], ", ".join(f"{s['images_per_s']:.0f}" for s in r["stages"])
+        own, found = [r for r in results if r["method"] == method], []  # a list of figures for each seed
+        for r in own:
+            last = r["matrix"][-1]
             lost = [last[i] - min(row[i] for row in r["matrix"] if len(row) > i) for i in range(len(last) - 1)]
             found.append([*(v for row in r["matrix"] for v in row), statistics.mean(last), statistics.mean(lost)])
         figures = " | ".join(both(values) for values in zip(*found))
-        lines.append(f"| {method} | {figures} | {rates} | {r['seconds']:.0f} |")
+        rates = ", ".join(f"{statistics.mean(s['images_per_s'] for s in stage):.0f}"
+                          for stage in zip(*(r["stages"] for r in own)))
+        lines.append(f"| {method} | {figures} | {rates} | {statistics.mean(r['seconds'] for r in own):.0f} |")
     return "\n".join(lines)
 
 

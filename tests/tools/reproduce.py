@@ -377,6 +377,11 @@ def points(result, key):
     return own + [[sum(s["seconds"] for s in result["stages"]), last]]
 
 
+def settled(curve):
+    """The points with the worst value that is still to come: a dip is not yet where a curve stays."""
+    return [[t, max(v for _, v in curve[i:])] for i, (t, _) in enumerate(curve)]
+
+
 def reached(curve, value):
     """When a curve of points is first at a value or below, between two points on their line; or None."""
     for (t0, v0), (t1, v1) in zip(curve[:1] + curve, curve):
@@ -386,7 +391,7 @@ def reached(curve, value):
 
 
 def time_ratios(results, slow="from scratch", fast="two stages"):
-    """One line for each seed and measure: how many times sooner `fast` is at the best that both reach.
+    """One line for each seed and measure: how many times sooner `fast` is, for good, at the best that both end with.
 
     A way that was there at its first point came at some time before, which bounds the ratio, too.
     """
@@ -397,8 +402,8 @@ def time_ratios(results, slow="from scratch", fast="two stages"):
         if not {slow, fast} <= set(found):
             continue
         for key, name in (("curve", "validation loss"), ("fd_curve", "judge's FD")):
-            ways = [points(found[way], key) for way in (slow, fast)]
-            value = max(min(v for _, v in way) for way in ways)
+            ways = [settled(points(found[way], key)) for way in (slow, fast)]
+            value = max(way[-1][1] for way in ways)
             late, soon = (reached(way, value) for way in ways)
             early = tuple(way[0][1] <= value for way in ways)
             sign = {(True, False): "≤ ", (False, True): "≥ ", (True, True): "? "}.get(early, "")
