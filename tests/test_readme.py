@@ -70,9 +70,11 @@ def test_figures_within_the_text_are_those_of_the_results():
     assert f"takes {demo['all_s'] / 60:.1f} minutes without" in text
     assert (f"stage 1 takes {demo['pt_seconds']:.0f} s to a loss of {demo['pt_val_loss']:.4f}, stage 2 "
             f"{demo['ft_seconds']:.0f} s to {demo['ft_val_loss']:.4f}") in text
-    before, wide, today = [(r["val_loss"], r["drawn"][0]["judge_fd"]) for r in stored("demo-before.json")["results"]]
+    before, wide, today, square = [(r["val_loss"], r["drawn"][0]["judge_fd"]) for r in stored("demo-before.json")["results"]]
     assert f"loss {today[0]:.4f} against {before[0]:.4f}, judge's FD {today[1]:.2f} against {before[1]:.2f}" in text
     assert f"{wide[0]:.4f} and {wide[1]:.2f}, as rough" in text
+    assert (f"one square ends at a loss of {square[0]:.4f} and a judge's FD of {square[1]:.2f}, blocks of 2 at {today[0]:.4f} and "
+            f"{today[1]:.2f} (one seed") in text
     random = stored("consistency.json")["random_fd_of_500"]
     assert f"at {random['SCT']:.3g} (SCT) and {random['ECT']:.3g} (ECT) against {random['diffusion']:.3g}" in text
     assert " and ".join(f"{random[way] / random['diffusion']:.1f}" for way in ("SCT", "ECT")) in text
