@@ -75,8 +75,10 @@ def test_forgetting_is_the_last_distance_less_the_best():
              stages=[dict(images_per_s=30.2)])
     cells = continual.table([r], ["a", "b", "c"]).splitlines()[2].split(" | ")
     assert cells[-4] == f"{16 / 3:.4g}" and cells[-3] == f"{((8 - 4) + (6 - 5)) / 2:.4g}" and cells[-2] == "30"
-    again = dict(r, matrix=[[6.0], [9.0, 5.0], [14.0, 6.0, 2.0]])  # another seed: forgets 8 and 1
+    again = dict(r, matrix=[[6.0], [9.0, 5.0], [14.0, 6.0, 2.0]], seconds=62,  # another seed: forgets 8 and 1
+                 stages=[dict(images_per_s=40.2)])
     cells = continual.table([r, again], ["a", "b", "c"]).splitlines()[2].split(" | ")
+    assert cells[-2:] == ["35", "61 |"]
     assert cells[1:3] == ["5 ± 1", "9 ± 0"] and cells[-3] == "3.5 ± 1"
     line = continual.change_by_level([r], dict(report=report)).splitlines()[2]
     assert line.count("+0.5000") == 10 and line.endswith("| -0.1000 | +4 |")
