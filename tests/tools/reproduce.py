@@ -391,7 +391,7 @@ def reached(curve, value):
 
 
 def time_ratios(results, slow="from scratch", fast="two stages"):
-    """One line for each seed and measure: how many times sooner `fast` is, for good, at the best that both end with.
+    """One line for each seed and measure: how many times sooner `fast` is at what both end with, and stays there.
 
     A way that was there at its first point came at some time before, which bounds the ratio, too.
     """
