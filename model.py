@@ -1,286 +1,333 @@
 """The network, its noise model and its losses: a diffusion transformer on visible patches.
 
-An image is cut into N patches; training may keep K <= N of them. What the network does, it does on
-K tokens, so hiding nine tenths of the patches makes a step about ten times cheaper. Everything here
-takes `visible`, the (B, K) indices of the kept patches; `visible=None` means the whole image.
+An image is cut into N patches, of which training may keep K <= N. The network computes on K tokens
+only, so hiding nine tenths of the patches makes a step about ten times cheaper. Functions take
+`visible`, the (B, K) indices of the kept patches; `visible=None` means the whole image.
 Symbols: B batch, C channels, H = W image side, p patch side, N = (H/p)^2, K visible tokens.
 """
 
 import math
 import os
+import warnings
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from prepare_data import need, open_folder
+def check(condition, message):
+    """A user's mistake is a ValueError with one sentence, which the scripts print."""
+    if not condition:
+        raise ValueError(message)
+
+def setting(default, help, low=0):
+    """A field of ModelConfig that is also a flag of train.py."""
+    return field(default=default, metadata=dict(help=help, low=low))
 
 @dataclass
 class ModelConfig:
-    """The architecture. It travels in the checkpoint, so that nothing else has to repeat it."""
+    """The architecture. It is stored in the checkpoint, so that nothing else has to repeat it."""
 
-    image_size: int = 64  # pixels (or latent cells) a side
+    patch_size: int = setting(4, "side of a patch in pixels", low=1)
+    dim: int = setting(128, "width of a token", low=4)
+    depth: int = setting(6, "number of blocks", low=1)
+    heads: int = setting(4, "attention heads of a block", low=1)
+    decoder_depth: int = setting(0, "blocks on all tokens after those on visible ones (MaskDiT)")
+    decoder_dim: int = setting(0, "width of the decoder's blocks; 0 = dim")
+    decoder_heads: int = setting(0, "attention heads of the decoder's blocks; 0 = heads")
+    route: tuple = setting((), "A,B = only visible tokens enter blocks A to B - 1 (TREAD)")
+    # The rest follows from the data and the loss.
+    image_size: int = 64  # pixels (or latent cells) per side
     channels: int = 3
-    patch_size: int = 4
-    dim: int = 128  # width of a token
-    depth: int = 6  # number of blocks
-    heads: int = 4
-    num_classes: int = 0  # 0: unconditional
-    decoder_depth: int = 0  # blocks on all tokens after the masked ones (MaskDiT)
-    decoder_dim: int = 0  # their width; 0: dim
-    decoder_heads: int = 0  # 0: heads
-    route: tuple = ()  # (A, B): hidden tokens pass by the blocks A to B - 1 (TREAD); (): none do
-    consistency: bool = False  # whether it is to be sampled in one or two steps
-    latent: tuple = ()  # mean and deviation of each channel of the data; (): 8-bit images
+    num_classes: int = 0  # 0 = unconditional
+    consistency: bool = False  # whether it is sampled in one or two steps
+    latent: tuple = ()  # mean and deviation of each channel of the data; () = 8-bit images
 
     def __post_init__(self):
         self.latent = tuple(map(tuple, self.latent))
-        self.decoder_dim = self.decoder_depth and (self.decoder_dim or self.dim)
-        self.decoder_heads = self.decoder_depth and (self.decoder_heads or self.heads)
-        size, p, route = self.image_size, self.patch_size, self.route
-        self.grid = size // p  # patches a side
-        self.token_dim = p**2 * self.channels  # values in one patch
-        self.takes_all = bool(self.decoder_depth or route)  # all N tokens, of which it hides some
-        need(size % p == 0, f"image size {size} is not divisible by patch_size {p}: use one of "
-             f"{[q for q in range(1, size + 1) if size % q == 0]}")
-        need(not route or not self.decoder_depth and 0 <= route[0] < route[1] <= self.depth,
-             f"route is {route}, expected A < B <= depth {self.depth}, and no decoder")
-
-PRESETS = {  # MaskDM table of settings; DiT table 1
-    "demo": dict(dim=128, depth=6, heads=4, patch_size=4),  # two CPU cores, minutes
-    "maskdm-64": dict(dim=512, depth=13, heads=8, patch_size=4),
-    "maskdm-256": dict(dim=768, depth=13, heads=12, patch_size=4),
-    "dit-s": dict(dim=384, depth=12, heads=6, patch_size=2),
-    "dit-b": dict(dim=768, depth=12, heads=12, patch_size=2),
-    "dit-l": dict(dim=1024, depth=24, heads=16, patch_size=2),
-    "dit-xl": dict(dim=1152, depth=28, heads=16, patch_size=2),
-}
+        if self.decoder_depth:
+            self.decoder_dim = self.decoder_dim or self.dim
+            self.decoder_heads = self.decoder_heads or self.heads
+        self.grid = self.image_size // self.patch_size  # patches per side
+        self.token_dim = self.patch_size**2 * self.channels  # values in one patch
+        self.takes_all = bool(self.decoder_depth or self.route)  # all N tokens, some marked hidden
+        check(self.image_size % self.patch_size == 0, f"image size {self.image_size} is not "
+              f"divisible by patch_size {self.patch_size}: choose another patch_size")
+        if self.route:
+            valid = len(self.route) == 2 and self.route[0] < self.route[1] <= self.depth
+            check(valid and not self.decoder_depth, f"route is {self.route}, expected A < B <= "
+                  f"depth {self.depth}, and no decoder")
 
 # ---- Patches and masks.
+
 def patchify(images, patch_size):
     """(B, H, W, C) -> (B, N, p*p*C), patches in row-major order."""
-    b, h, w, c = images.shape
     p = patch_size
-    x = images.reshape(b, h // p, p, w // p, p, c).permute(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, (h // p) * (w // p), p * p * c)
+    b, h, w, c = images.shape
+    x = images.reshape(b, h // p, p, w // p, p, c)
+    x = x.permute(0, 1, 3, 2, 4, 5)  # (B, H/p, W/p, p, p, C)
+    return x.reshape(b, -1, p * p * c)
 
 def unpatchify(tokens, patch_size):
     """(B, N, p*p*C) -> (B, H, W, C), the inverse of `patchify` for square images."""
+    p = patch_size
     b, n, d = tokens.shape
-    p, g = patch_size, math.isqrt(n)
-    x = tokens.reshape(b, g, g, p, p, d // p**2).permute(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, g * p, g * p, d // p**2)
+    grid = math.isqrt(n)
+    side = grid * p
+    x = tokens.reshape(b, grid, grid, p, p, -1)
+    x = x.permute(0, 1, 3, 2, 4, 5)  # (B, H/p, p, W/p, p, C)
+    return x.reshape(b, side, side, -1)
 
-def count_visible(grid, mask_ratio, mask_type="patch", block_size=4):
-    """Number K of visible patches on a grid x grid image, the same for every image of a batch.
-    "patch" hides int(ratio*N) patches, "block" int(ratio*N) // b^2 blocks of b x b on their grid,
-    "crop" shows one square of side round(sqrt(N - int(ratio*N))) (MaskDM sec. 3.2)."""
-    hidden = int(mask_ratio * grid**2)
-    if mask_type == "crop":
-        return round(math.sqrt(grid**2 - hidden)) ** 2
-    if mask_type == "patch" or not hidden:
-        return grid**2 - hidden
-    need(mask_type == "block" and block_size > 0 and grid % block_size == 0,
-         f"no {mask_type} mask of block_size {block_size} fits {grid} x {grid} patches")
-    return grid**2 - hidden // block_size**2 * block_size**2
+def block_mask(grid, mask_ratio, block_size):
+    """Hide int(ratio*N) // b^2 blocks of b x b patches on their grid (MaskDM sec. 3.2)."""
+    b = block_size
+    check(b > 0 and grid % b == 0, f"blocks of {b} x {b} do not fill {grid} x {grid} patches: "
+          "choose another block_size")
+    g = grid // b  # blocks per side
+    num_shown = g**2 - int(mask_ratio * grid**2) // b**2
 
-def sample_visible(batch, grid, mask_ratio, mask_type="patch", block_size=4, generator=None):
-    """Which patches stay visible: (batch, K) int64, ascending; None where nothing is hidden."""
-    k = count_visible(grid, mask_ratio, mask_type, block_size)
-    if k == grid**2:
-        return None
-    if mask_type == "crop":
-        side = math.isqrt(k)
+    def draw(batch, generator, rows):
+        # The largest of g*g uniform numbers are a uniform draw without replacement.
+        uniform = torch.rand(batch, g * g, generator=generator)[rows]
+        blocks = uniform.topk(num_shown, dim=1).indices
+        blocks = blocks[:, :, None, None]
+        inside = torch.arange(b)
+        row = blocks // g * b + inside[:, None]
+        col = blocks % g * b + inside
+        return (row * grid + col).flatten(1).sort(dim=1).values
+
+    return num_shown * b**2, draw
+
+def patch_mask(grid, mask_ratio, block_size):
+    """Hide int(ratio*N) single patches."""
+    return block_mask(grid, mask_ratio, 1)
+
+def crop_mask(grid, mask_ratio, block_size):
+    """Show one square of side round(sqrt(N - int(ratio*N))), hide the rest (MaskDM sec. 3.2)."""
+    num_visible = grid**2 - int(mask_ratio * grid**2)
+    side = round(math.sqrt(num_visible))
+
+    def draw(batch, generator, rows):
         corner = torch.randint(grid - side + 1, (2, batch, 1, 1), generator=generator)
-        row = corner[0] + torch.arange(side).view(1, side, 1)
-        col = corner[1] + torch.arange(side).view(1, 1, side)
-        return (row * grid + col).reshape(batch, k)
-    b = block_size if mask_type == "block" else 1
-    g = grid // b  # a patch mask is a block mask of 1 x 1 blocks
-    # The k largest of g*g uniform numbers are a uniform draw without replacement.
-    blocks = torch.rand(batch, g * g, generator=generator).topk(k // b**2, dim=1).indices
-    inside = torch.arange(b)
-    row = (blocks // g * b).view(batch, -1, 1, 1) + inside.view(b, 1)
-    col = (blocks % g * b).view(batch, -1, 1, 1) + inside
-    return (row * grid + col).reshape(batch, k).sort(dim=1).values
+        corner = corner[:, rows]
+        inside = torch.arange(side)
+        row = corner[0] + inside[:, None]
+        col = corner[1] + inside
+        return (row * grid + col).flatten(1)
 
-class Images:
-    """The images of prepared folders (commas between), numbered through. Another class needs these
-    arguments, len, read, labels (int64 (N,), -1: none), meta (size, channels, class_names or None,
-    latent: None or means and deviations). Classes are united by name, `class_names` first."""
+    return side**2, draw
 
-    def __init__(self, folders, split="train", patch_size=1, class_names=()):
-        opened = [open_folder(folder, split) for folder in folders.split(",")]
-        self.arrays, labels, metas = zip(*opened)  # arrays: memmaps (N, H, W, C)
-        kinds = {(meta["size"], meta["channels"], meta["dtype"]) for meta in metas}
-        need(len(kinds) == 1, f"{folders} hold {kinds}, which can't be mixed: prepare them alike")
-        names = [*dict.fromkeys([*class_names, *sum((m["class_names"] or [] for m in metas), [])])]
-        numbers = [[*map(names.index, meta["class_names"] or ()), -1] for meta in metas]
-        self.labels = np.concatenate([np.array(n)[own] for n, own in zip(numbers, labels)])
-        self.meta = metas[0] | dict(class_names=names or None)
-        self.patch_size = patch_size
+# A mask (grid, mask_ratio, block_size) -> K, and draw(batch, generator, rows) -> the visible
+# patches, int64 (len(rows), K), ascending. All draws are made for the whole batch, and only those
+# of its `rows`, a slice, are worked out.
+MASKS = {"patch": patch_mask, "block": block_mask, "crop": crop_mask}
 
-    def __len__(self):
-        return sum(map(len, self.arrays))
+def make_mask(mask_type, grid, mask_ratio, block_size=1):
+    """K and `draw` of a mask that hides something."""
+    num_visible, draw = MASKS[mask_type](grid, mask_ratio, block_size)
+    check(0 < num_visible < grid**2, f"this mask shows {num_visible} of {grid**2} patches: choose "
+          "another mask_ratio or block_size")
+    return num_visible, draw
 
-    def read(self, index, visible, flip):
-        """The visible patches (b, K, p*p*C) of the images `index` (b,), and no other byte of them.
-        visible (b, K) patch numbers, None for all; flip (b,) bool: which images to mirror (then the
-        patch numbers are those of the mirrored image)."""
-        p, c, g = self.patch_size, self.meta["channels"], self.meta["size"] // self.patch_size
-        visible = np.tile(np.arange(g * g), (len(index), 1)) if visible is None else visible
-        row, col = visible // g, visible % g
-        col = np.where(flip[:, None], g - 1 - col, col)
-        out, start = np.empty((*visible.shape, p, p, c), self.meta["dtype"]), 0
-        for array in self.arrays:
-            patches = array.reshape(-1, g, p, g, p, c)  # a view: nothing is read yet
-            own = (start <= index) & (index < start + len(array))
-            out[own] = patches[index[own, None] - start, row[own], :, col[own]]
-            start += len(array)
-        out[flip] = out[flip][:, :, :, ::-1]
-        return out.reshape(*visible.shape, p * p * c)
+def gather_tokens(tokens, visible):
+    """The visible ones (B, K, D) of all tokens (B, N, D)."""
+    if visible is None:
+        return tokens
+    index = visible[:, :, None].expand(-1, -1, tokens.shape[2])
+    return tokens.gather(1, index)
+
+def scatter_tokens(tokens, visible, others):
+    """`others` (B, N, D) with the tokens (B, K, D) in the places `visible` (B, K)."""
+    index = visible[:, :, None].expand_as(tokens)
+    return others.scatter(1, index, tokens)
 
 # ---- The network (DiT with adaLN-Zero), on whatever tokens it is given.
+
 def sincos_positions(grid, dim):
-    """Fixed 2-D sine-cosine positions (grid*grid, dim): half the channels for the row."""
+    """Fixed 2-D sine-cosine positions (grid*grid, dim): half of the channels for the row."""
     freq = 10000.0 ** -(np.arange(dim // 4) / (dim // 4))
-    angle = np.arange(grid)[:, None] * freq  # (grid, dim/4)
+    place = np.arange(grid)
+    angle = place[:, None] * freq  # (grid, dim/4)
     axis = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # (grid, dim/2)
-    rows, cols = axis.repeat(grid, axis=0), np.tile(axis, (grid, 1))
-    return torch.from_numpy(np.concatenate([rows, cols], axis=1)).float()
+    rows = axis.repeat(grid, axis=0)
+    cols = np.tile(axis, (grid, 1))
+    positions = np.concatenate([rows, cols], axis=1)
+    return torch.from_numpy(positions).float()
 
 def attention(q, k, v):
-    """Softmax attention, all (B, heads, N, head_dim): fused, but not for short sequences on a CPU,
-    where the fused kernel's backward is slower (`tests/tools/bench.py attention`)."""
+    """Softmax attention, all (B, heads, N, head_dim)."""
+    # On a CPU the fused kernel's backward is slower for short sequences (bench.py attention).
     if q.device.type == "cpu" and q.shape[2] <= 512:
-        scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
-        return scores.softmax(dim=3) @ v  # the kernel sums in float32 for bfloat16 scores, too
+        scale = q.shape[3] ** -0.5
+        scores = (q * scale) @ k.transpose(2, 3)
+        return scores.softmax(dim=3) @ v  # sums in float32 also for bfloat16 scores
     return F.scaled_dot_product_attention(q, k, v)
 
 def modulate(x, shift, scale):
     """LayerNorm without affine, then shift and scale. x (B, K, D), the others (B, 1, D)."""
-    x = F.layer_norm(x, x.shape[-1:], eps=1e-6).to(scale.dtype)  # float32 until here under autocast
+    x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    x = x.to(scale.dtype)  # float32 until here under autocast
     return torch.addcmul(shift, x, 1 + scale)
 
 class Block(nn.Module):
-    """Transformer block; the noise level modulates its norms and residuals (DiT, adaLN-Zero)."""
+    """Transformer block; the condition modulates its norms and residuals (DiT, adaLN-Zero)."""
 
     def __init__(self, dim, heads, cond_dim):
         super().__init__()
+        check(dim % 4 == 0 and dim % heads == 0,
+              f"the width {dim} is not divisible by 4 and by {heads} heads")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
-        self.modulation = nn.Linear(cond_dim, 6 * dim)
+        self.adaLN = nn.Linear(cond_dim, 6 * dim)
+
+    def matrices(self):
+        """The weights that Muon may take: those that map tokens to tokens."""
+        layers = (self.qkv, self.proj, self.fc1, self.fc2)
+        return [layer.weight for layer in layers]
 
     def forward(self, x, cond):
         b, k, d = x.shape
-        mod = self.modulation(cond).view(b, 1, 6, d).unbind(2)  # 6 x (B, 1, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = mod
-        qkv = self.qkv(modulate(x, shift1, scale1)).view(b, k, 3, self.heads, d // self.heads)
-        q, key, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, heads, K, head_dim)
-        x = x + gate1 * self.proj(attention(q, key, v).transpose(1, 2).reshape(b, k, d))
+        modulation = self.adaLN(cond).view(b, 1, 6, d)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(2)  # each (B, 1, D)
+        qkv = self.qkv(modulate(x, shift1, scale1))
+        qkv = qkv.view(b, k, 3, self.heads, d // self.heads)
+        q, key, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, K, head_dim)
+        h = attention(q, key, v)
+        h = h.transpose(1, 2).reshape(b, k, d)
+        x = x + gate1 * self.proj(h)
         h = self.fc1(modulate(x, shift2, scale2))
-        return x + gate2 * self.fc2(F.gelu(h))  # DiT's tanh form takes 3 times as long on a CPU
+        h = F.gelu(h)  # the tanh approximation of DiT takes three times as long on a CPU
+        return x + gate2 * self.fc2(h)
 
-def through(blocks, x, cond):
-    """x (B, K, D) after all of the blocks."""
+def run_blocks(blocks, x, cond):
     for block in blocks:
         x = block(x, cond)
     return x
 
-def take(tokens, visible):
-    """The visible ones (B, K, D) of all tokens (B, N, D); visible (B, K), or None for all."""
-    if visible is None:
-        return tokens
-    return tokens.gather(1, visible[:, :, None].expand(-1, -1, tokens.shape[2]))
-
-def put(tokens, visible, others):
-    """`others` (B, N, D) with the tokens (B, K, D) in their places visible (B, K)."""
-    return others.scatter(1, visible[:, :, None].expand_as(tokens), tokens)
-
 class DiT(nn.Module):
-    """tokens, c_noise (B,), visible (B, K) or None, labels (B,), -1 for none -> tokens like them.
-    tokens (B, K, p*p*C) are the visible ones. With a decoder or a route they are all (B, N, p*p*C):
-    the blocks still see the visible ones alone, and the decoder these and one learned token in
-    every other place (MaskDiT fig. 2); or only the blocks of the route do (TREAD fig. 2), and the
-    hidden tokens come back as they were before."""
+    """tokens, c_noise (B,), visible (B, K) or None, labels (B,) (-1 = none) -> output like tokens.
+
+    tokens are the visible ones (B, K, p*p*C); with a decoder or a route they are all of them,
+    (B, N, p*p*C). With a decoder the blocks see only the visible ones, and the decoder sees their
+    outputs, with one learned token in every hidden place (MaskDiT fig. 2). With a route the hidden
+    tokens skip the blocks A to B - 1 (TREAD fig. 2)."""
 
     def __init__(self, config):
         super().__init__()
         c = config
-        self.embed = nn.Linear(c.token_dim, c.dim)
+        self.route = c.route
+        self.patch_embed = nn.Linear(c.token_dim, c.dim)
         # Fixed, hence not in the checkpoint: another resolution simply makes others.
         self.register_buffer("positions", sincos_positions(c.grid, c.dim), persistent=False)
         # c_noise = ln(sigma)/4 lies in about [-1.6, 1.1]: wavelengths from 60 down to 0.4.
-        freq = torch.from_numpy(np.geomspace(0.1, 16.0, c.dim // 2)).float()
-        self.register_buffer("freq", freq, persistent=False)
-        self.time = nn.Sequential(nn.Linear(c.dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
-        # One row more: that of "no class", which has the number -1 outside the network.
-        self.labels = nn.Embedding(c.num_classes + 1, c.dim) if c.num_classes else None
-        self.route = c.route
-        self.blocks = nn.ModuleList(Block(c.dim, c.heads, c.dim) for _ in range(c.depth))
-        self.decoder, width = None, c.decoder_dim or c.dim
+        freq = np.geomspace(0.1, 16.0, c.dim // 2)
+        self.register_buffer("freq", torch.from_numpy(freq).float(), persistent=False)
+        self.time_embed = nn.Sequential(
+            nn.Linear(c.dim, c.dim),
+            nn.SiLU(),
+            nn.Linear(c.dim, c.dim))
+        self.label_embed = None
+        if c.num_classes:
+            self.label_embed = nn.Embedding(c.num_classes + 1, c.dim)  # the last row is "no class"
+        self.blocks = nn.ModuleList(
+            Block(c.dim, c.heads, c.dim) for _ in range(c.depth))
+        self.decoder = None
+        width = c.dim  # of the last block
         if c.decoder_depth:
-            self.decoder_modulation = nn.Linear(c.dim, 2 * c.dim)
-            self.decoder_embed = nn.Linear(c.dim, c.decoder_dim)
-            self.mask_token = nn.Parameter(0.02 * torch.randn(c.decoder_dim))
-            self.register_buffer("decoder_positions", sincos_positions(c.grid, width), False)
+            width = c.decoder_dim
+            self.decoder_adaLN = nn.Linear(c.dim, 2 * c.dim)
+            self.decoder_embed = nn.Linear(c.dim, width)
+            self.mask_token = nn.Parameter(0.02 * torch.randn(width))
+            positions = sincos_positions(c.grid, width)
+            self.register_buffer("decoder_positions", positions, persistent=False)
             self.decoder = nn.ModuleList(
-                Block(c.decoder_dim, c.decoder_heads, c.dim) for _ in range(c.decoder_depth))
-        self.modulation = nn.Linear(c.dim, 2 * width)
-        self.head = nn.Linear(width, c.token_dim)
-        for name, m in self.named_modules():
-            if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight)
-                nn.init.zeros_(m.bias)
-            # Every block starts as the identity, the output and the decoder's input as zero (DiT
-            # sec. 3.2, MaskDiT).
-            if name.endswith(("modulation", "head", "decoder_embed")):
-                nn.init.zeros_(m.weight)
-            if name in ("time.0", "time.2", "labels"):
-                nn.init.normal_(m.weight, std=0.02)
+                Block(width, c.decoder_heads, c.dim) for _ in range(c.decoder_depth))
+        self.final_adaLN = nn.Linear(c.dim, 2 * width)
+        self.final_linear = nn.Linear(width, c.token_dim)
+        self.init_weights()
+
+    def init_weights(self):
+        # At first every block is the identity, and the output is zero (DiT sec. 3.2), as is the
+        # input of the decoder (MaskDiT).
+        zero = [self.final_adaLN, self.final_linear]
+        blocks = [module for module in self.modules() if isinstance(module, Block)]
+        zero += [block.adaLN for block in blocks]
+        if self.decoder:
+            zero += [self.decoder_adaLN, self.decoder_embed]
+        small = [self.time_embed[0], self.time_embed[2], self.label_embed]
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+            if layer in zero:
+                nn.init.zeros_(layer.weight)
+            if layer in small:
+                nn.init.normal_(layer.weight, std=0.02)
+
+    def condition(self, c_noise, labels):
+        """What all blocks are told about the noise level and the class, (B, D)."""
+        angle = c_noise[:, None] * self.freq
+        waves = torch.cat([angle.sin(), angle.cos()], dim=1)
+        cond = self.time_embed(waves)
+        if self.label_embed is not None:
+            no_class = self.label_embed.num_embeddings - 1
+            rows = torch.where(labels < 0, no_class, labels)
+            cond = cond + self.label_embed(rows)
+        return F.silu(cond)
 
     def forward(self, tokens, c_noise, visible=None, labels=None):
-        angle = c_noise[:, None] * self.freq
-        cond = self.time(torch.cat([angle.sin(), angle.cos()], dim=1))  # (B, D)
-        if self.labels is not None:
-            last = self.labels.num_embeddings - 1
-            cond = cond + self.labels(torch.where(labels < 0, last, labels))
-        cond = F.silu(cond)
+        cond = self.condition(c_noise, labels)
         if self.decoder:
-            tokens = take(tokens, visible)
-        here = self.positions if visible is None or self.route else self.positions[visible]
-        x, blocks = self.embed(tokens) + here, [*self.blocks]
-        a, b = self.route if self.route and visible is not None else (0, 0)
-        if a < b:
-            x = through(blocks[:a], x, cond)
-            x = put(through(blocks[a:b], take(x, visible), cond), visible, x)
-        x = through(blocks[b:], x, cond)
+            tokens = gather_tokens(tokens, visible)
+        positions = self.positions
+        if visible is not None and not self.route:
+            positions = positions[visible]
+        x = self.patch_embed(tokens)
+        x = x + positions
+        blocks = list(self.blocks)
+        if self.route and visible is not None:
+            start, end = self.route
+            x = run_blocks(blocks[:start], x, cond)
+            routed = gather_tokens(x, visible)
+            routed = run_blocks(blocks[start:end], routed, cond)
+            x = scatter_tokens(routed, visible, x)
+            blocks = blocks[end:]
+        x = run_blocks(blocks, x, cond)
         if self.decoder:
-            shift, scale = self.decoder_modulation(cond)[:, None].chunk(2, dim=2)
-            x = self.decoder_embed(modulate(x, shift, scale))
-            if visible is None:
-                x = x + 0 * self.mask_token  # a gradient of zero, so that no process lacks one
-            else:
-                others = self.mask_token.to(x.dtype).expand(len(x), len(self.positions), -1)
-                x = put(x, visible, others)
-            x = through(self.decoder, x + self.decoder_positions, cond)
-        shift, scale = self.modulation(cond)[:, None].chunk(2, dim=2)
-        return self.head(modulate(x, shift, scale))
+            x = self.decode(x, cond, visible)
+        shift, scale = self.final_adaLN(cond)[:, None].chunk(2, dim=2)
+        return self.final_linear(modulate(x, shift, scale))
+
+    def decode(self, x, cond, visible):
+        """(B, K, dim) -> (B, N, decoder_dim)."""
+        shift, scale = self.decoder_adaLN(cond)[:, None].chunk(2, dim=2)
+        x = self.decoder_embed(modulate(x, shift, scale))
+        if visible is None:
+            x = x + 0 * self.mask_token  # DDP expects a gradient for every weight, if only zero
+        else:
+            mask_tokens = self.mask_token.to(x.dtype)
+            mask_tokens = mask_tokens.expand(len(x), len(self.positions), -1)
+            x = scatter_tokens(x, visible, mask_tokens)
+        x = x + self.decoder_positions
+        return run_blocks(self.decoder, x, cond)
 
 # ---- The noise model, EDM: all that knows how noise is added. Another one changes this section.
-NOISE = "edm"  # checkpoints say with which they were trained
+
+# Checkpoints say with which noise model and which network they were trained. Change the name when
+# you change the code behind it: old checkpoints then stop with a sentence, not with wrong results.
+NOISE = "edm"
+NETWORK = "dit"
 SIGMA_DATA = 0.5  # standard deviation of the data; latents are normalised to it
 P_MEAN, P_STD = -1.2, 1.2  # of ln sigma in training (EDM table 1)
 
-def need_noise(kind, feature):
-    """Exit if a feature that is derived for one kind of noise model meets another."""
-    need(kind == NOISE, f"{feature} is for the noise model {kind}, but this is {NOISE}")
+def check_noise(noise, feature):
+    """Refuse a feature that is derived for another noise model."""
+    check(noise == NOISE, f"{feature} is for the noise model {noise}, but this is {NOISE}")
 
 def sigma_of(z, mean=P_MEAN, std=P_STD):
     """Noise levels from standard normal draws or quantiles z (EDM table 1)."""
@@ -294,208 +341,335 @@ def denoising_loss(denoised, clean, sigma):
     """Weighted denoising error of each image over its visible patches, (B,) (EDM eq. 8).
     denoised, clean (B, K, p*p*C), sigma (B,). With everything visible it is the plain EDM loss."""
     weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
-    return weight * (denoised - clean).square().mean(dim=(1, 2))
+    error = (denoised - clean).square().mean(dim=(1, 2))
+    return weight * error
 
 def sampler_levels(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """Noise levels of a sampler, float64 (steps + 1,), from sigma_max to 0 (EDM eq. 5)."""
-    i = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
-    top, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return torch.cat([(top + i * (low - top)) ** rho, torch.zeros(1, dtype=torch.float64)])
+    i = torch.arange(steps, dtype=torch.float64)
+    i = i / max(steps - 1, 1)
+    start = sigma_max ** (1 / rho)
+    end = sigma_min ** (1 / rho)
+    levels = (start + i * (end - start)) ** rho
+    return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
 
 def normalised(data, latent):
     """8-bit values to [-1, 1]; latents (..., p*p*C) to mean 0 and deviation SIGMA_DATA in each
-    channel, by their mean and deviation `latent`: noise levels are measured against that."""
+    channel, by their mean and deviation `latent`, because noise levels are relative to that."""
+    expected = torch.float32 if latent else torch.uint8
+    check(data.dtype == expected, f"the data set gives {data.dtype}, expected {expected}: uint8 "
+          "for images, float32 for latents with mean and deviation in `meta`")
     if not latent:
         return data.float().div_(127.5).sub_(1)
     mean, deviation = torch.tensor(latent).to(data.device, non_blocking=True)
-    data = (data.unflatten(-1, (-1, len(mean))) - mean) * (SIGMA_DATA / deviation)
+    data = data.unflatten(-1, (-1, len(mean)))  # (..., p*p, C)
+    data = (data - mean) * (SIGMA_DATA / deviation)
     return data.flatten(-2)
 
 class Denoiser(nn.Module):
     """Preconditioning around the network: D(x; sigma), the denoised tokens (EDM eq. 7).
     x noisy tokens, (B, K, p*p*C), or (B, N, p*p*C) if config.takes_all; sigma (B,) > 0; visible
-    (B, K) or None; labels (B,), -1 for no class. Returns float32 (or wider) of x's shape."""
+    (B, K) or None; labels (B,), -1 = no class. Returns float32 (or wider) of x's shape."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.net = DiT(config)
 
+    def matrices(self):
+        """The weights that Muon may take: those of the blocks, by module and not by name."""
+        weights = set()
+        for module in self.modules():
+            if isinstance(module, Block):
+                weights.update(module.matrices())
+        return weights
+
     def forward(self, x, sigma, visible=None, labels=None):
-        sd, s = SIGMA_DATA, sigma.view(-1, 1, 1)
+        sd = SIGMA_DATA
+        s = sigma.view(-1, 1, 1)
         c_skip = sd**2 / (s**2 + sd**2)
         c_out = s * sd / (s**2 + sd**2).sqrt()
         c_in = 1 / (s**2 + sd**2).sqrt()
-        dtype = self.net.head.weight.dtype
-        out = self.net((c_in * x).to(dtype), (sigma.log() / 4).to(dtype), visible, labels)
+        c_noise = sigma.log() / 4
+        dtype = self.net.final_linear.weight.dtype
+        x_in = (c_in * x).to(dtype)
+        out = self.net(x_in, c_noise.to(dtype), visible, labels)
         return c_skip * x + c_out * out.to(x.dtype)
 
 # ---- Losses: functions of tensors that draw nothing themselves.
+
 def reconstruction_loss(denoised, noisy, visible):
     """Error of each image over its masked patches, (B,) (MaskDiT sec. 3.3).
     denoised, noisy (B, N, p*p*C), visible (B, K), K < N. The target is the noisy patch, normalised
-    by its own mean and variance; the noise level does not weigh it."""
-    mean, variance = noisy.mean(dim=2, keepdim=True), noisy.var(dim=2, keepdim=True)
+    by its own mean and variance; it is not weighted by the noise level."""
+    mean = noisy.mean(dim=2, keepdim=True)
+    variance = noisy.var(dim=2, keepdim=True)
     target = (noisy - mean) / (variance + 1e-6).sqrt()
     error = (denoised - target).square().mean(dim=2)  # (B, N)
-    return error.scatter(1, visible, 0).sum(dim=1) / (error.shape[1] - visible.shape[1])
+    num_hidden = error.shape[1] - visible.shape[1]
+    return error.scatter(1, visible, 0).sum(dim=1) / num_hidden
 
 def consistency_step(t, stage, q=2.0, k=8.0, b=1.0):
     """The lower noise level r of each pair (t, r), 0 <= r < t (ECT eq. 16; k = 0: the constant).
-    t (B,); the pairs close as the stage, 0, 1, 2, ... or any number between, goes up."""
-    return (t * (1 - q ** -(stage + 1.0) * (1 + k * torch.sigmoid(-b * t)))).clamp_min(0)
+    t (B,); the two levels approach each other from stage to stage, 0, 1, 2, ..."""
+    gap = q ** -(stage + 1.0) * (1 + k * torch.sigmoid(-b * t))  # 1 - r/t
+    return (t * (1 - gap)).clamp_min(0)
 
 def posterior_mean(x, clean, sigma, references, allowed=None, visible=None):
-    """The mean of the images that may lie behind x, (B, K, d) (STF, arXiv 2302.00670, eq. 6; SCT).
+    """Mean of the images that may lie behind x, (B, K, d) (STF, arXiv 2302.00670, eq. 6; SCT).
     sum_i a_i y_i over y itself (clean) and R references, a = softmax(-|x - y_i|^2 / (2 sigma^2)).
     x, clean (B, K, d) and sigma (B,); references (R, N, d), of which image j sees the patches
     visible[j] (None: all), and, with allowed (B, R) bool, only the references allowed[j]."""
     with torch.autocast(x.device.type, enabled=False):  # small differences of large numbers
         refs = references.flatten(1)  # (R, N*d)
         if visible is None:
-            product, square = x.flatten(1) @ refs.T, refs.square().sum(dim=1)
-        else:  # hidden patches count zero in both
+            product = x.flatten(1) @ refs.T
+            square = refs.square().sum(dim=1)
+        else:  # hidden patches count as zero in both
             blank = x.new_zeros(len(x), *references.shape[1:])
-            product = put(x, visible, blank).flatten(1) @ refs.T
-            square = put(torch.ones_like(x), visible, blank).flatten(1) @ refs.square().T
-        distance = x.square().sum(dim=(1, 2))[:, None] - 2 * product + square  # (B, R)
-        own = (x - clean).square().sum(dim=(1, 2))[:, None]
-        logits = -torch.cat([own, distance], dim=1) / (2 * sigma[:, None] ** 2)
+            product = scatter_tokens(x, visible, blank).flatten(1) @ refs.T
+            seen = scatter_tokens(torch.ones_like(x), visible, blank).flatten(1)
+            square = seen @ refs.square().T
+        own_square = x.square().sum(dim=(1, 2))
+        distance = own_square[:, None] - 2 * product + square  # (B, R)
+        own_distance = (x - clean).square().sum(dim=(1, 2))
+        distance = torch.cat([own_distance[:, None], distance], dim=1)
+        logits = -distance / (2 * sigma[:, None] ** 2)
         if allowed is not None:
             logits[:, 1:].masked_fill_(~allowed, -math.inf)
         weights = logits.softmax(dim=1)  # (B, 1 + R)
-        mean = (weights[:, 1:] @ refs).view(len(x), *references.shape[1:])
-    return weights[:, :1, None] * clean + take(mean, visible)
+        mean = weights[:, 1:] @ refs
+    mean = mean.view(len(x), *references.shape[1:])
+    return weights[:, :1, None] * clean + gather_tokens(mean, visible)
+
+CONSISTENCY_WEIGHTS = {  # of a pair (t, r)
+    "gap": lambda t, r: 1 / (t - r),
+    "edm": lambda t, r: 1 / t**2 + 1 / SIGMA_DATA**2,
+}
 
 def consistency_loss(f_t, target, t, r, c=0.0, weight="gap"):
     """Weighted distance of each image, (B,) (ECT sec. 3.3): w * (sqrt(|f_t - target|^2 + c^2) - c).
-    f_t, target (B, K, d), t > r (B,). w = 1/(t - r) for "gap", 1/t^2 + 1/sigma_data^2 for "edm"."""
-    norm = torch.linalg.vector_norm(f_t - target, dim=(1, 2))  # its gradient at 0 is 0
-    distance = (norm**2 + c**2).sqrt() - c if c else norm
-    return distance * (1 / (t - r) if weight == "gap" else 1 / t**2 + 1 / SIGMA_DATA**2)
+    f_t, target (B, K, d), t > r (B,); w is one of CONSISTENCY_WEIGHTS."""
+    distance = torch.linalg.vector_norm(f_t - target, dim=(1, 2))  # its gradient at 0 is 0
+    if c:
+        distance = (distance**2 + c**2).sqrt() - c
+    return distance * CONSISTENCY_WEIGHTS[weight](t, r)
 
-# ---- Objectives: a network and a batch -> the loss of each image.
-def diffusion_objective(model, config, clean, noise, sigma, visible, labels, mae_weight=0.0,
-                        target=None):
-    """The loss of each image, (b,), masked or whole; with a decoder the hidden patches are
-    reconstructed, too (MaskDiT). `target`: what the answer should be, if not `clean`."""
-    target = clean if target is None else target
-    x = noised(clean, noise, sigma)
-    denoised = model(x, sigma, visible, labels)
-    if not config.decoder_depth or visible is None:
-        return denoising_loss(denoised, target, sigma)
-    seen = denoising_loss(take(denoised, visible), take(target, visible), sigma)
-    return seen + mae_weight * reconstruction_loss(denoised, x, visible)
+# ---- Objectives: the losses of each image, by name. Their sum is trained, each of them is logged.
 
-def consistency_objective(model, config, cfg, step, clean, noise, sigma, visible, labels,
-                          references=None, reference_labels=None):
-    """The consistency loss of each image, (b,): ECT's, or SCT's with references. The answer at
-    sigma = t is drawn to that at the lower level r, one step along the estimated ODE from x_t."""
-    t, x_t = sigma, noised(clean, noise, sigma)
-    stage = step // max(1, math.ceil(cfg.steps / cfg.cm_stages))
+def objective(model, batch, cfg, step):
+    """The losses of the images of a batch at a step, {name: (b,)}, weighted so as to be summed.
+    batch: clean, noise (b, K, d), sigma (b,); if patches are hidden visible (b, K); with classes
+    labels (b,), -1 = no class; target (b, K, d) if it is not `clean`."""
+    return OBJECTIVES[cfg.loss](model, batch, cfg, step)
+
+def diffusion_objective(model, batch, cfg, step):
+    """Denoising, masked or whole; a decoder also reconstructs the hidden patches (MaskDiT)."""
+    sigma = batch["sigma"]
+    visible = batch.get("visible")
+    target = batch.get("target", batch["clean"])
+    x = noised(batch["clean"], batch["noise"], sigma)
+    denoised = model(x, sigma, visible, batch.get("labels"))
+    if visible is None or not cfg.decoder_depth:
+        return {"denoising": denoising_loss(denoised, target, sigma)}
+    reconstruction = reconstruction_loss(denoised, x, visible)
+    denoised = gather_tokens(denoised, visible)
+    target = gather_tokens(target, visible)
+    return {"denoising": denoising_loss(denoised, target, sigma),
+            "reconstruction": cfg.mae_weight * reconstruction}
+
+def consistency_objective(model, batch, cfg, step):
+    """The consistency loss: ECT's, or SCT's if the batch has references. The output at sigma = t
+    is trained towards that at the lower level r, one step along the estimated ODE from x_t."""
+    check_noise("edm", "consistency tuning")
+    clean = batch["clean"]
+    t = batch["sigma"]
+    visible = batch.get("visible")
+    labels = batch.get("labels")
+    x_t = noised(clean, batch["noise"], t)
+    stage_length = math.ceil(cfg.steps / cfg.cm_stages)
+    stage = step // stage_length
     r = consistency_step(t, stage, cfg.cm_q)
-    goal = clean  # where the ODE leads, judged by this image alone
-    seen = visible if config.decoder_depth else None  # of the answer the visible patches count
-    if references is not None:
-        allowed = None if labels is None else (
-            (labels[:, None] == reference_labels) | (labels[:, None] == -1))
-        shown = None if config.takes_all else visible
-        goal = posterior_mean(x_t, clean, t, references, allowed, shown)
-    x_r = x_t + ((r - t) / t).view(-1, 1, 1) * (x_t - goal)
-    with torch.no_grad():  # where r = 0 the answer is x_r itself
-        answer = model(x_r, torch.where(r > 0, r, t), visible, labels)
-        target = torch.where((r > 0).view(-1, 1, 1), answer, x_r)
+    endpoint = clean  # where the ODE leads, judged by this image alone
+    if "references" in batch:
+        references = batch["references"]
+        allowed = None
+        if labels is not None:
+            own = labels[:, None]
+            allowed = (own == batch["reference_labels"]) | (own == -1)
+        takes_all = x_t.shape[1] == references.shape[1]
+        seen = None if takes_all else visible
+        endpoint = posterior_mean(x_t, clean, t, references, allowed, seen)
+    step_size = (r - t) / t
+    x_r = x_t + step_size.view(-1, 1, 1) * (x_t - endpoint)
+    positive = r > 0
+    with torch.no_grad():
+        f_r = model(x_r, torch.where(positive, r, t), visible, labels)
+    target = torch.where(positive.view(-1, 1, 1), f_r, x_r)  # at r = 0 the output is x_r itself
     f_t = model(x_t, t, visible, labels)
-    return consistency_loss(take(f_t, seen), take(target, seen), t, r, cfg.cm_c, cfg.cm_weight)
+    if cfg.decoder_depth:  # only the visible patches count
+        f_t = gather_tokens(f_t, visible)
+        target = gather_tokens(target, visible)
+    loss = consistency_loss(f_t, target, t, r, cfg.cm_c, cfg.cm_weight)
+    return {"consistency": loss}
+
+OBJECTIVES = {"diffusion": diffusion_objective, "consistency": consistency_objective}
+
+# ---- Continual learning: how much each weight matters, and what a teacher predicts.
+
+def fisher_information(denoiser, batch, autocast):
+    """Diagonal Fisher information of the denoising loss, E (d loss / d weight)^2 (EWC), by name:
+    the mean over the whole images of a batch of each one's squared gradient."""
+    names, parameters = zip(*denoiser.named_parameters())
+    total = [torch.zeros_like(p) for p in parameters]
+    num_images = len(batch["clean"])
+    for i in range(num_images):
+        image = {name: tensor[i : i + 1] for name, tensor in batch.items()}
+        x = noised(image["clean"], image["noise"], image["sigma"])
+        with autocast:
+            denoised = denoiser(x, image["sigma"], None, image.get("labels"))
+            loss = denoising_loss(denoised, image["clean"], image["sigma"])
+        gradients = torch.autograd.grad(loss.sum(), parameters)
+        torch._foreach_addcmul_(total, gradients, gradients)
+    return {name: t / num_images for name, t in zip(names, total)}
+
+@torch.no_grad()
+def distill_targets(teacher, batch, num_new):
+    """Targets (b, K, d): the first num_new images themselves, and for the old ones after them the
+    teacher's prediction (arXiv 2311.14028)."""
+    clean = batch["clean"]
+    num_new = min(max(num_new, 0), len(clean))
+    if num_new == len(clean):
+        return clean
+    old = {name: tensor[num_new:] for name, tensor in batch.items()
+           if name in ("clean", "noise", "sigma", "visible", "labels")}
+    x = noised(old["clean"], old["noise"], old["sigma"])
+    predicted = teacher(x, old["sigma"], old.get("visible"), old.get("labels"))
+    return torch.cat([clean[:num_new], predicted])
+
+# ---- An optimizer for matrices.
 
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal, for matrices; updates as large as AdamW's (arXiv 2502.16982).
-    torch.optim.Muon, but all at once and iterated on n x n products, n the smaller side."""
+    As torch.optim.Muon, but on many matrices at once, and with the iteration on n x n products (n
+    the smaller side): twice as fast on a CPU."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for n in {min(p.shape) for p in group["params"]}:
-                weights = [p for p in group["params"] if min(p.shape) == n]
-                gradients, lr = [p.grad for p in weights], group["lr"]
-                v = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in weights]
-                torch._foreach_lerp_(v, gradients, 0.05)
-                x = torch._foreach_lerp(gradients, v, 0.95)  # Nesterov's
-                x = [m.mT if m.shape[0] > n else m for m in x]
-                square = torch.stack([m @ m.mT for m in x])
-                norm = square.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-30).view(-1, 1, 1)
-                square, root = square / norm, torch.eye(n, device=norm.device) / norm.sqrt()
-                for _ in range(5):  # singular values of root @ x towards 1 (Newton-Schulz)
-                    factor = torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
-                    factor.diagonal(dim1=1, dim2=2).add_(3.4445)
-                    square, root = factor @ square @ factor, factor @ root
-                torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-                for p, m, r in zip(weights, x, root):
-                    update = (r @ m).mT if p.shape[0] > n else r @ m
-                    p.add_(update, alpha=-0.2 * lr * max(p.shape) ** 0.5)
+                matrices = [p for p in group["params"] if min(p.shape) == n]
+                self.update(matrices, n, group["lr"], group["weight_decay"])
 
-# ---- Continual learning: what each weight is worth, and what a teacher answers.
-def fisher_information(denoiser, config, batch, autocast):
-    """Diagonal Fisher information of the denoising loss, E (d loss / d weight)^2 (EWC): a list.
-    The mean over the images of a batch of each one's squared gradient."""
-    parameters = list(denoiser.parameters())
-    total = [torch.zeros_like(p) for p in parameters]
-    for i in range(len(batch["clean"])):
-        one = {k: None if batch[k] is None else batch[k][i : i + 1]
-               for k in ("clean", "noise", "sigma", "visible", "labels")}
-        with autocast:
-            loss = diffusion_objective(denoiser, config, **one).sum()
-        gradients = torch.autograd.grad(loss, parameters)
-        torch._foreach_addcmul_(total, gradients, gradients)
-    return [t / len(batch["clean"]) for t in total]
-
-@torch.no_grad()
-def teach(teacher, n_new, clean, noise, sigma, visible, labels):
-    """The targets: the first n_new images, then what the teacher answers (arXiv 2311.14028)."""
-    if n_new == len(clean):
-        return clean
-    x = noised(clean[n_new:], noise[n_new:], sigma[n_new:])
-    shown, classes = (None if t is None else t[n_new:] for t in (visible, labels))
-    return torch.cat([clean[:n_new], teacher(x, sigma[n_new:], shown, classes)])
+    def update(self, matrices, n, lr, weight_decay):
+        """A step of matrices (n, m) or (m, n), m >= n."""
+        gradients = [p.grad for p in matrices]
+        for p in matrices:
+            self.state[p].setdefault("momentum", torch.zeros_like(p))
+        momenta = [self.state[p]["momentum"] for p in matrices]
+        torch._foreach_lerp_(momenta, gradients, 0.05)
+        directions = torch._foreach_lerp(gradients, momenta, 0.95)  # Nesterov
+        directions = [d.mT if d.shape[0] > n else d for d in directions]  # all (n, m)
+        # Newton-Schulz: the singular values of root @ direction approach 1.
+        square = torch.stack([d @ d.mT for d in directions])  # (B, n, n)
+        norm = square.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-30)
+        norm = norm.view(-1, 1, 1)  # squared Frobenius norm
+        square = square / norm
+        root = torch.eye(n, device=norm.device) / norm.sqrt()
+        for _ in range(5):
+            factor = torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
+            factor.diagonal(dim1=1, dim2=2).add_(3.4445)
+            square = factor @ square @ factor
+            root = factor @ root
+        torch._foreach_mul_(matrices, 1 - lr * weight_decay)
+        for p, r, direction in zip(matrices, root, directions):
+            update = r @ direction
+            if p.shape[0] > n:
+                update = update.mT
+            rate = 0.2 * lr * max(p.shape) ** 0.5
+            p.add_(update, alpha=-rate)
 
 # ---- Checkpoints: one file of tensors and plain values, replaced as a whole or not at all.
+
 def replace_file(path, write, keep=None):
     """write(file) beside `path`, sync, rename; what it replaces gets the name `keep`, if any. When
-    the machine stops, one of them is whole. Exits with a sentence if the disk is full."""
+    the machine stops, one of them is whole."""
     try:
-        with open(f"{path}.tmp", "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-    except (OSError, RuntimeError) as e:
+        with open(f"{path}.tmp", "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and os.path.exists(path):
+            os.replace(path, keep)
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:
         if os.path.exists(f"{path}.tmp"):
             os.remove(f"{path}.tmp")
-        need(False, f"{path} could not be written ({e}); what was there is whole: make room, go on")
-    if keep and os.path.exists(path):
-        os.replace(path, keep)
-    os.replace(f"{path}.tmp", path)
+        check(False, f"cannot write {path} ({error}); what was there before is still whole")
 
-def load_checkpoint(path):
-    """Read a checkpoint of train.py, on the CPU; exits with a sentence if `path` is not one."""
+def previous(path):
+    """NAME.pt -> NAME.prev.pt, the checkpoint before."""
+    return path.removesuffix(".pt") + ".prev.pt"
+
+def save_checkpoint(path, checkpoint):
+    replace_file(path, lambda file: torch.save(checkpoint, file), keep=previous(path))
+
+RESUMABLE = ("model", "ema", "optimizer", "config", "step")  # what a run needs to continue
+
+def load_checkpoint(path, resume=False):
+    """Read a checkpoint of train.py onto the CPU. One that was stripped for sharing needs only
+    architecture and weights, unless a run is to be resumed from it."""
     try:
-        with zipfile.ZipFile(path) as z:  # torch.load itself does not compare the sums
-            if damaged := z.testzip():
-                raise ValueError(f"wrong sum of {damaged}")
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not compare the checksums
+        check(not damaged, f"{damaged} has a wrong checksum")
         checkpoint = torch.load(path, "cpu", weights_only=True, mmap=os.name != "nt")  # lazy
-        ModelConfig(**checkpoint["architecture"])
-    except Exception as e:  # the file's bytes decide which
-        need(False, f"{path} is no whole checkpoint of train.py ({e!r:.200})")
-    need_noise(checkpoint.get("noise", "edm"), path)
-    return checkpoint
+        architecture = checkpoint["architecture"]
+    except Exception as error:  # noqa: BLE001 (the bytes of the file decide which)
+        check(False, f"{path} is not a whole checkpoint of train.py ({error!r:.200})")
+    known = {f.name for f in fields(ModelConfig)}
+    different = sorted(architecture.keys() ^ known)
+    check(not different, f"{path} is of another version of this code: {different} of its "
+          "architecture are unknown or missing")
+    for name, own in ("noise", NOISE), ("network", NETWORK):
+        found = checkpoint.get(name)
+        check(found == own, f"{path} has {name} {found}, but this code has {own}")
+    missing = [name for name in RESUMABLE if name not in checkpoint]
+    check(not (resume and missing), f"{path} has no {missing}: it can't be resumed, but a new run "
+          "can start from it with --init_from")
+    weights = checkpoint.get("model") or checkpoint.get("ema")
+    check(weights, f"{path} has neither model nor ema")
+    class_names = [str(i) for i in range(architecture["num_classes"])]
+    return dict(model=weights, ema=weights, config={}, step=0, class_names=class_names) | checkpoint
+
+def find_checkpoint(path):
+    """The run at `path` to resume, or the checkpoint before if that is damaged; None if there is
+    none."""
+    problems = []
+    for candidate in (path, previous(path)):
+        if os.path.exists(candidate):
+            try:
+                return load_checkpoint(candidate, resume=True)
+            except ValueError as error:
+                warnings.warn(f"{error}; trying the one before")
+                problems.append(error)
+    check(not problems, f"no checkpoint can be resumed: {problems}")
+    return None
 
 def load_what_fits(denoiser, weights):
-    """Load weights by name where the shapes agree; returns the names of those that begin afresh.
-    Of the label embedding the rows of `weights` come first, and its last row stays the last."""
-    mine, labels = denoiser.state_dict(), "net.labels.weight"
-    if labels in weights and labels in mine and weights[labels].shape[1] == mine[labels].shape[1]:
-        table, old = mine[labels].clone(), weights[labels]
-        table[: len(old) - 1], table[-1] = old[:-1], old[-1]
+    """Load weights by name where the shapes agree; returns the names of those that start afresh.
+    Of the label embedding the rows of `weights` come first, and its last row, "no class", is the
+    last; those between are classes that `weights` does not know."""
+    own = denoiser.state_dict()
+    labels = "net.label_embed.weight"
+    if labels in own and labels in weights and own[labels].shape[1] == weights[labels].shape[1]:
+        known = weights[labels]
+        table = own[labels].clone()
+        table[: len(known) - 1] = known[:-1]
+        table[-1] = known[-1]
         weights = weights | {labels: table}
-    fits = {k: v for k, v in weights.items() if k in mine and v.shape == mine[k].shape}
-    denoiser.load_state_dict(mine | fits)
-    return sorted(k.removeprefix("net.") for k in mine.keys() - fits.keys())
+    fitting = {name: weight for name, weight in weights.items()
+               if name in own and weight.shape == own[name].shape}
+    denoiser.load_state_dict(own | fitting)
+    fresh = own.keys() - fitting.keys()
+    return sorted(name.removeprefix("net.") for name in fresh)

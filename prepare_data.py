@@ -1,34 +1,34 @@
-"""Make a data set folder for train.py and fid.py out of images, or out of nothing.
+"""Make a data set for train.py out of images, or out of nothing.
 
     python prepare_data.py                                       # built-in faces -> data/faces
-    python prepare_data.py photos/ --size 64 --out data/photos   # a folder, .zip, .tar, .npy, .npz
+    python prepare_data.py photos/ --size 64 --out data/photos   # images: folder, .zip, .tar(.gz)
+    python prepare_data.py mnist/ --out data/mnist               # arrays: MNIST, CIFAR, .npz, .npy
     python prepare_data.py latents.npy --labels labels.npy --out data/latents   # float (N,C,H,W)
-    python prepare_data.py data/march --num 512 --classes cat,dog --out data/march-512   # a subset
+    python prepare_data.py data/march --num 512 --out data/march-512            # part of a data set
 
-The folder holds train.npy and val.npy, uint8 (N,H,W,C), or float32 for latents; with classes also
-train_labels.npy and val_labels.npy, int64 (N,); and meta.json, which says what is in them.
+A data set is a folder: train.npy and val.npy, uint8 (N,H,W,C), or float32 for latents; with
+classes also train_labels.npy and val_labels.npy, int64 (N,); and meta.json, which describes them.
 """
 
 import argparse
 import codecs
-import difflib
+import gzip
 import hashlib
-import io
 import json
+import math
 import os
 import pickle
-import posixpath
 import re
 import shutil
 import signal
 import sys
 import tarfile
-import zipfile
+import traceback
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
-from itertools import zip_longest
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,472 +36,679 @@ import numpy as np
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageOps
 from tqdm import tqdm
 
-def need(fact, message):
-    """A user's mistake ends the script with one sentence, told by one process of each machine."""
-    if not fact:
-        sys.exit(message if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+def check(condition, message):
+    """A user's mistake is a ValueError with one sentence: what was found, what was expected, what
+    to do. `run_script` prints it."""
+    if not condition:
+        raise ValueError(message)
 
-class Parser(argparse.ArgumentParser):
-    """argparse with one line a setting; a complaint is one sentence and exit code 1."""
+def say(text):
+    """Print above a progress bar, if there is one."""
+    tqdm.write(text, file=sys.stderr)
 
-    def add(self, name, default, help, **how):
-        """The setting --name, of its default's type (None: text)."""
-        kind = str if default is None else type(default)
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind} | how
-        self.add_argument(f"--{name}", default=default, help=f"{help} ({default})", **how)
-
-    def error(self, message):
-        unknown = re.findall(r"^unrecog.*?(--[^\s=]+)", message)
-        near = unknown and difflib.get_close_matches(unknown[0], self._option_string_actions)
-        message += f", did you mean {near[0]}?" if near else ""
-        need(False, f"{self.prog}: {message} (--help lists the settings)")
+# ---- What training reads.
 
 def open_folder(folder, split="train"):
-    """-> images, a memmap (N,H,W,C) of uint8 or float32; labels int64 (N,), -1 if none; meta."""
-    table = Path(folder, "meta.json")
-    need(table.is_file(), f"{folder} is no prepared data set (it has no meta.json): make one with "
-         f"prepare_data.py SRC --out {folder}")
-    meta = {"latent": None} | json.loads(table.read_text(encoding="utf-8"))
-    images = np.load(f"{folder}/{split}.npy", mmap_mode="r")
-    labels = np.full(len(images), -1)
-    if meta["class_names"]:
-        labels = np.load(f"{folder}/{split}_labels.npy")
-    expected = tuple(meta[k] for k in (f"num_{split}", "size", "size", "channels"))
-    need(images.shape == expected and images.dtype == meta["dtype"] and len(labels) == len(images)
-         and (images.dtype == np.uint8 or meta["latent"]) and -1 <= labels.min()
-         and labels.max() < len(meta["class_names"] or [0]),
-         f"{folder}/{split}.npy {images.shape} is not what meta.json says: make the set again")
+    """One split of a data set: images, memory-mapped (N,H,W,C); labels (N,), -1 = none; meta."""
+    try:
+        meta = {"latent": None}  # which old sets of images do not say
+        meta |= json.loads(Path(folder, "meta.json").read_text(encoding="utf-8"))
+        images = np.load(f"{folder}/{split}.npy", mmap_mode="r")
+        labels = np.full(len(images), -1)
+        if meta["class_names"]:
+            labels = np.load(f"{folder}/{split}_labels.npy")
+        shape = (meta[f"num_{split}"], meta["size"], meta["size"], meta["channels"])
+        check(images.shape == shape and images.dtype == meta["dtype"] and len(labels) == shape[0],
+              f"{split}.npy is {images.dtype} {images.shape} with {len(labels)} labels")
+    except Exception as error:  # noqa: BLE001 (damaged or foreign files can raise anything)
+        check(False, f"{folder} is not a complete data set ({explain(error)}): make it with "
+              f"prepare_data.py SRC --out {folder}")
     return images, labels, meta
 
-# ---- Sources: a list of candidates and a way to load each.
-# names, classes: of all candidates; load(index): a binary file or an array (H,W,C); order: of the
-# class names; num_val: so many at the end are held out.
-Source = namedtuple("Source", "names load classes order size channels num_val",
-                    defaults=(None, None, None, 3, 0))
+def explain(error):
+    return f"{type(error).__name__}: {error}"
 
-def open_source(src, stack, labels=None, size=64, seed=0, class_from="first", place=None):
-    """Lists the candidates and decodes none. A tar is unpacked in the folder `place`; what this
-    opens, the ExitStack closes."""
-    if src is None:
-        return Source(range(NUM_FACES), lambda i: make_face(i, size, seed)[0],
-                      FACE_CLASSES * (NUM_FACES // 4), FACE_CLASSES, size)
-    known = os.path.isfile(src) and re.search(r"\.(zip|tgz|tar|tar\.\w+|np[yz])$", src.lower())
-    need(known or os.path.isdir(src), f"there is no {src}, or no folder, .zip, .tar, .npy or .npz")
-    need(not labels or known and known[1][:2] == "np", f"--labels is for arrays, and {src} is none")
+class Images:
+    """The images of one or several data sets ("data/a,data/b"), as one list.
+
+    To train on something else, write a class with these four: `len`; `labels`, int64 (N,), -1 = no
+    class; `meta`, a dictionary with size, channels, class_names (or None) and latent (None, or mean
+    and deviation of each channel); and `read`. Classes are united by name, after `class_names`,
+    those that a checkpoint knows."""
+
+    def __init__(self, folders, split="train", patch_size=1, class_names=()):
+        self.patch_size = patch_size
+        self.arrays = []  # of each folder, (N, H, W, C)
+        labels = []
+        metas = []
+        names = list(class_names)
+        for folder in folders.split(","):
+            array, own_labels, meta = open_folder(folder, split)
+            united = {-1: -1}  # label in this folder -> label in the union
+            for label, name in enumerate(meta["class_names"] or []):
+                if name not in names:
+                    names.append(name)
+                united[label] = names.index(name)
+            labels += [united[label] for label in own_labels.tolist()]
+            self.arrays.append(array)
+            metas.append(meta)
+        formats = {(meta["size"], meta["channels"], meta["dtype"]) for meta in metas}
+        check(len(formats) == 1, f"{folders} hold images of {formats}: prepare them alike")
+        self.labels = np.array(labels, np.int64)
+        self.meta = metas[0] | {"class_names": names or None}
+
+    def __len__(self):
+        return len(self.labels)
+
+    def read(self, index, visible, flip):
+        """Patches (b, K, p*p*C) of the images `index` (b,), without touching any other patch.
+
+        visible: (b, K) patch numbers, None = all. flip: (b,) bool, which images to mirror; their
+        `visible` counts the patches of the mirrored image."""
+        p = self.patch_size
+        c = self.meta["channels"]
+        grid = self.meta["size"] // p  # patches per side
+        if visible is None:
+            visible = np.tile(np.arange(grid**2), (len(index), 1))
+        row, col = visible // grid, visible % grid
+        col = np.where(flip[:, None], grid - 1 - col, col)
+        out = np.empty((*visible.shape, p, p, c), self.meta["dtype"])
+        start = 0
+        for array in self.arrays:
+            patches = array.reshape(-1, grid, p, grid, p, c)  # a view: nothing is read yet
+            own = (start <= index) & (index < start + len(array))
+            out[own] = patches[index[own, None] - start, row[own], :, col[own]]
+            start += len(array)
+        out[flip] = out[flip][:, :, :, ::-1]  # the pixels inside each patch, too
+        return out.reshape(*visible.shape, p * p * c)
+
+# ---- Sources: images that are not decoded yet.
+
+# names: of each image, for messages. load: number -> path of a file, or array (H, W, C).
+# classes: the class of each image, "" = none. class_names: their order, if the source has one.
+# num_val: so many at the end are validation images by their origin.
+Source = namedtuple("Source", "names load classes class_names num_val size channels dtype",
+                    defaults=(None, None, 0, 64, 3, "uint8"))
+
+def open_source(src, stack, labels=None, temp_dir=None):
+    """Find the images of a folder or a file. An archive is unpacked below `temp_dir` and removed
+    when `stack`, an ExitStack, is closed."""
+    check(os.path.exists(src), f"there is no {src}")
     try:
-        if os.path.exists(os.path.join(src, "meta.json")):  # a prepared set
-            (x, y, meta), (x_val, y_val, _) = open_folder(src), open_folder(src, "val")
-            names = dict(y=y, y_val=y_val, class_names=meta["class_names"])
-            return array_source(dict(x=x, x_val=x_val) | (names if meta["class_names"] else {}))
-        if src.lower().endswith((".npy", ".npz")):
-            file = np.load(src, mmap_mode="r")  # an .npz: whole arrays, when they are asked for
-            return array_source({"x": file} if isinstance(file, np.ndarray) else file, 1, labels)
-        place = place or stack.enter_context(TemporaryDirectory())
-        return file_source(list_files(src, stack, place), class_from, seed)
+        if src.endswith((".npy", ".npz")):
+            return array_source(**load_arrays(src, labels))
+        check(not labels, "--labels belongs to an .npy or .npz file")
+        root = src
+        if os.path.isfile(src):  # .zip, .tar, .tar.gz and others
+            root = stack.enter_context(TemporaryDirectory(dir=temp_dir))
+            tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # only into root
+            shutil.unpack_archive(src, root)
+        paths = list_files(root)
+        if {"meta.json", "train.npy", "val.npy"} <= set(paths):
+            return array_source(**prepared_arrays(root))
+        arrays = idx_arrays(root, paths) or cifar_arrays(root, paths)
+        if arrays:
+            return array_source(**arrays)
+        return file_source(root, paths)
+    except ValueError as error:
+        check(False, f"{src}: {error}")
     except Exception as error:  # noqa: BLE001 (a damaged archive can raise nearly anything)
-        cut = isinstance(error, (zipfile.BadZipFile, tarfile.TarError, EOFError))
-        where = f", unpacking to {place}" * (getattr(error, "errno", 0) == 28)  # no space left
-        error = f"{type(error).__name__}: {error}"
-        sys.exit(f"cannot read {src}{where} ({error:.300})" + ": is the file complete?" * cut)
+        check(False, f"cannot read {src} ({explain(error)}): expected a folder, or a complete "
+              ".zip, .tar(.gz), .npz or .npy")
 
-def list_files(src, stack, place):
-    """-> {name: a function that opens it} of all files in a folder or an archive."""
-    if src.lower().endswith(".zip"):
-        # Given an open file, ZipFile leaves its closing to us; its own count is not thread-safe.
-        archive = zipfile.ZipFile(stack.enter_context(io.FileIO(src)))
-        return {info.filename.replace("\\", "/"): lambda i=info: io.BytesIO(archive.read(i))
-                for info in archive.infolist() if not info.is_dir()}
-    if os.path.isfile(src):
-        with tarfile.open(src) as archive:
-            src = os.path.join(place, "tar")
-            archive.extractall(src, filter="data")
-    found, todo = {}, [(src, ())]
-    while todo:
-        path, above = todo.pop()
-        if os.path.isdir(path):
-            real = os.path.realpath(path)  # links are followed, but not round in a circle
-            inside = [] if real in above else os.listdir(path)
-            todo += [(os.path.join(path, name), (*above, real)) for name in inside]
-        elif os.path.isfile(path) or not os.path.exists(path):  # a broken link is rejected later
-            found[os.path.relpath(path, src).replace(os.sep, "/")] = partial(open, path, "rb")
-    return found
+def list_files(root):
+    """Sorted paths inside a folder of all its files, without .DS_Store, @eaDir, __MACOSX, ..."""
+    paths = []
+    visited = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        subfolders.sort()
+        if os.path.realpath(folder) in visited:
+            subfolders.clear()  # the link `folder` leads back up
+        else:
+            visited.add(os.path.realpath(folder))
+            paths += [os.path.relpath(f"{folder}/{name}", root) for name in names]
+    paths = [path.replace(os.sep, "/") for path in sorted(paths)]
+    return [path for path in paths if not re.search(r"(^|/)(\.|@|__)", path)]
 
-def trim(folders):
-    """Lists of components without what all that have any begin with, and then end with."""
-    while start := len(os.path.commonprefix([folder for folder in folders if folder])):
-        folders = [folder[start:] for folder in folders]
-    end = len(os.path.commonprefix([folder[::-1] for folder in folders if folder]))
-    return [folder[: max(0, len(folder) - end)] for folder in folders]
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# trainA, test2017, val_64, testset and dev, but neither trains nor valley nor device
+LOOKS_LIKE_SPLIT = r"(?i:train|val|valid|validation|test|dev)((?i:ing|set)|[A-Z]|[^a-zA-Z].*)?"
 
-def file_source(found, class_from, seed):
-    """Chooses files by their names. Classes come from a table or the folders: what all begin or end
-    with means nothing, train, val and test are splits, then the first (or last) is the class."""
-    found = {posixpath.normpath(path): found[path] for path in sorted(found)
-             if not re.search(r"(^|/)(\.\w|__MACOSX)", path)}
-    by_name = {posixpath.basename(path): path for path in found}
-    ten = sorted(name for name in by_name if name.startswith("data_batch_"))
-    for files in [*ten, "test_batch", "batches.meta"], ["train", "test", "meta"]:
-        if {*files} <= by_name.keys():
-            return cifar_source([found[by_name[name]]() for name in files], "fine_" * (not ten))
-    suffix = {path: posixpath.splitext(path)[1].lower() for path in found}
-    latents = [path for path in found if suffix[path] == ".npy"]
-    names = [path for path in found if suffix[path] in Image.registered_extensions()]
-    names = max(names, latents, key=len) or [path for path in found if not suffix[path]]
-    left_out = Counter(suffix[path] or "no suffix" for path in found.keys() - {*names})
-    need(names, f"no images were found, but files with {dict(left_out)}: convert or unpack them")
-    # {path, perhaps without its suffix: class} by WebDataset's or EDM's tables beside the images.
-    table = {p[:-4]: f().read().decode().strip() for p, f in found.items() if suffix[p] == ".cls"}
-    if path := by_name.get("dataset.json"):  # its rows may be lists
-        for name, label in dict(json.load(found[path]()).get("labels") or {}).items():
-            table[posixpath.normpath(path[:-12] + name.replace("\\", "/"))] = str(label)
-    table = {name: label for name, label in table.items() if label not in ("None", "-1")}
-    folders = trim([path.split("/")[:-1] for path in names])
-    split = re.compile(r"(.*[^a-z])?(train|val|test)(ing|id|idation|val)?([^a-z].*)?", re.I)
-    for place in 0, 1:  # of the folder that names it: above the classes, or below each
-        heads = [split.fullmatch((*folder, "", "")[place]) for folder in folders]
-        splits = [head[2].lower() if head else "other" for head in heads]
-        if {"train"} < {*splits} - {"other"} and 2 * splits.count("other") < len(splits):
-            folders = [folder[:place] + folder[place + 1:] for folder in folders]
-            break
-    else:
-        splits = ["train"] * len(names)
-    used = [i for split in ("train", "val") for i, s in enumerate(splits) if s == split]
-    if not table and "dataset.json" not in by_name:
-        folders, which = trim([folders[i] for i in used]), -(class_from == "last")
-        table = {names[i]: folder[which] for i, folder in zip(used, folders) if folder}
-    classes = {i: table.get(names[i], table.get(posixpath.splitext(names[i])[0])) for i in used}
-    counts = Counter(classes[i] for i in used if splits[i] == "train")
-    trained = counts.keys() - {None}
-    if len(trained) > 1 and 2 * counts[None] < counts.total():  # otherwise there are no classes
-        used = [i for i in used if classes[i] in trained]
-    else:
-        classes = None
-    left_out.update(f"{splits[i]} images" for i in {*range(len(names))} - {*used})
-    print(f"left out: {dict(left_out) or None}", file=sys.stderr)
+def file_source(root, paths):
+    """Image files. What is a class is a rule, not a guess:
+    1. Folders that all images share at the top are ignored.
+    2. If every first folder that remains is one of SPLITS, train is trained on, val is held out,
+       test is left out.
+    3. The first folder that remains is the class; either all images have one, or none has."""
+    suffixes = [end for end, kind in Image.registered_extensions().items() if kind in FORMATS]
+    images = [path for path in paths if path.lower().endswith(tuple(suffixes))]
+    left_out = Counter(os.path.splitext(path)[1] for path in set(paths) - set(images))
+    check(images, f"it holds no images, but {dict(left_out)}")
 
-    def load(i):
-        file = found[names[used[i]]]()
-        if names is not latents:
-            return file
-        latent = np.load(file)
-        if "mean-std" in names[used[i]]:  # EDM2's encoder gives both: drawn from once, here
-            latent = np.random.default_rng([seed, i]).normal(*np.split(latent, 2))
-        return latent.transpose(1, 2, 0)
+    folders = [re.split(r"[/\\]", path)[:-1] for path in images]  # some .zip files hold a\b.png
+    shared = len(os.path.commonprefix(folders))
+    folders = [folder[shared:] or [""] for folder in folders]  # "" = in no folder
+    splits = ["train"] * len(images)
+    if all(folder[0].lower() in SPLITS for folder in folders):
+        splits = [SPLITS[folder[0].lower()] for folder in folders]
+        folders = [folder[1:] or [""] for folder in folders]
+        check("train" in splits, "it has folders like val or test, but none called train")
+    classes = [folder[0] for folder in folders]
+    for name in classes:
+        check(not re.fullmatch(LOOKS_LIKE_SPLIT, name), f"the folder {name} looks like a split, "
+              "but not all first folders are train, val or test: rename it, or prepare one alone")
+    classes = dataset_json(root, paths, images) or classes
 
-    size, channels = load(0).shape[1:] if names is latents else (None, 3)
-    return Source([names[i] for i in used], load, classes and [classes[i] for i in used], None,
-                  size, channels, sum(splits[i] == "val" for i in used))
+    train_has_classes = any(c for c, split in zip(classes, splits) if split == "train")
+    rows = []
+    for split, image, name in zip(splits, images, classes):
+        if split == "test":
+            left_out["test images"] += 1
+        elif split == "val" and train_has_classes and not name:
+            left_out["val images without a class"] += 1
+        else:
+            rows.append((split, image, name))
+    say(f"left out: {dict(left_out) or 'nothing'}")
+    splits, names, classes = zip(*sorted(rows))  # train before val
+    # "" sorts first: an image without a class would be the smallest pair.
+    without, with_class = min(zip(classes, names)), max(zip(classes, names))
+    check(without[0] or not with_class[0], f"{with_class[1]} has a class, {without[1]} has none: "
+          "put all images into folders of classes, or none")
+    return Source(names, lambda i: f"{root}/{names[i]}", classes, num_val=splits.count("val"))
+
+def dataset_json(root, paths, images):
+    """Classes of the images by EDM's dataset.json, {"labels": [["00000/img.png", 3], ...]}, or null
+    for none. None if there is no such file, or if it is about something else."""
+    tables = [path for path in paths if os.path.basename(path) == "dataset.json"]
+    if not tables:
+        return None
+    table = min(tables, key=len)  # the one at the top
+    folder = table.removesuffix("dataset.json")
+    try:
+        rows = dict(json.loads(Path(root, table).read_text(encoding="utf-8"))["labels"] or {})
+    except (LookupError, TypeError, ValueError):
+        return None
+    labels = {folder + name: str(label) for name, label in rows.items() if label not in (None, -1)}
+    if labels and not any(image in labels for image in images):
+        return None
+    return [labels.get(image, "") for image in images]
+
+ARRAY_NAMES = {
+    "images": ("arr_0", "x_train", "train_images", "images", "x", "data"),
+    "labels": ("arr_1", "y_train", "train_labels", "labels", "y", "label"),
+    "val_images": ("x_val", "val_images", "x_test", "test_images"),
+    "val_labels": ("y_val", "val_labels", "y_test", "test_labels"),
+    "class_names": ("class_names",),
+}
+
+def load_arrays(src, labels=None):
+    """Arrays of an .npz or .npy file, by the keys of ARRAY_NAMES."""
+    file = np.load(src, mmap_mode="r")
+    if isinstance(file, np.ndarray):
+        file = {"images": file}
+    arrays = {}
+    for key, names in ARRAY_NAMES.items():
+        for name in names:
+            if name in file:
+                arrays.setdefault(key, file[name])
+    check("images" in arrays, f"it holds {list(file)}, not one of {ARRAY_NAMES['images']}")
+    if labels:
+        arrays["labels"] = np.load(labels)
+    for key, x in arrays.items():
+        if x.dtype.kind == "f" and x.ndim == 4:
+            arrays[key] = np.moveaxis(x, 1, 3)  # latents (N,C,S,S), as encoders give them
+    return arrays
+
+def prepared_arrays(folder):
+    arrays = {}
+    for prefix, split in ("", "train"), ("val_", "val"):
+        arrays[f"{prefix}images"], labels, meta = open_folder(folder, split)
+        if meta["class_names"]:
+            arrays[f"{prefix}labels"] = labels
+            arrays["class_names"] = meta["class_names"]
+    return arrays
+
+def idx_arrays(root, paths):
+    """MNIST, Fashion-MNIST, KMNIST, EMNIST: NAME-images-idx3-ubyte and its labels, perhaps .gz."""
+    arrays = {}
+    for path in paths:
+        name = os.path.basename(path)
+        kind = re.search("(images|labels).idx[13]-ubyte", name)
+        if not kind or f"{path}.gz" in paths:  # torchvision keeps both: one of them is enough
+            continue
+        key = kind[1]
+        if re.search("t10k|test", name):
+            key = f"val_{key}"
+        check(key not in arrays, f"it holds several sets, like {path}: keep one in the folder")
+        data = Path(root, path).read_bytes()
+        if path.endswith(".gz"):
+            data = gzip.decompress(data)
+        dims = data[3]  # the number of dimensions, which follow as int32, highest byte first
+        shape = np.frombuffer(data, ">i4", dims, offset=4)
+        arrays[key] = np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
+    return arrays
 
 class SafeUnpickler(pickle.Unpickler):
-    """Admits what arrays are made of, so that no pickle can run anything."""
+    """Unpickles arrays and nothing else, as other pickles can run any program."""
+
+    ALLOWED = (np.ndarray, np.dtype, codecs.encode, np.zeros(1).__reduce_ex__(2)[0])
 
     def find_class(self, module, name):
-        parts = [np.zeros(1).__reduce_ex__(protocol)[0] for protocol in (2, 5)]
-        return {p.__name__: p for p in (np.ndarray, np.dtype, codecs.encode, *parts)}[name]
+        for allowed in self.ALLOWED:
+            if allowed.__name__ == name:
+                return allowed
+        raise pickle.UnpicklingError(f"{module}.{name} is not part of an array")
 
-def cifar_source(files, fine):
-    """The python archives of CIFAR-10 and CIFAR-100 (fine classes); the test images are val."""
-    *batches, table = [SafeUnpickler(file, encoding="latin1").load() for file in files]
-    x = [np.reshape(batch["data"], (-1, 3, 32, 32)).transpose(0, 2, 3, 1) for batch in batches]
-    y = [np.array(batch[f"{fine}labels"]) for batch in batches]
-    return array_source(dict(x=np.concatenate(x[:-1]), y=np.concatenate(y[:-1]), x_val=x[-1],
-                             y_val=y[-1], class_names=table[f"{fine}label_names"]))
+def cifar_arrays(root, paths):
+    """The python archives of CIFAR-10 and CIFAR-100 (fine classes); test is held out."""
+    arrays = {}
+    for path in paths:
+        path = f"{root}/{path}"
+        if not re.search(r"data_batch_\d|test_batch|batches.meta|cifar-100-python/\w+$", path):
+            continue
+        with open(path, "rb") as file:
+            content = SafeUnpickler(file, encoding="latin1").load()
+        prefix = ""
+        if os.path.basename(path).startswith("test"):
+            prefix = "val_"
+        for key, value in content.items():
+            if key == "data":
+                images = np.reshape(value, (-1, 3, 32, 32)).transpose(0, 2, 3, 1)
+                arrays.setdefault(f"{prefix}images", []).extend(images)
+            elif key in ("labels", "fine_labels"):
+                arrays.setdefault(f"{prefix}labels", []).extend(value)
+            elif key in ("label_names", "fine_label_names"):
+                arrays["class_names"] = value
+    return arrays
 
-ARRAYS = ("arr_0 x_train train_images images x data", "arr_1 y_train train_labels labels y label",
-          "x_val val_images x_test test_images", "y_val val_labels y_test test_labels")
-
-def array_source(file, latent_axis=3, labels=None):
-    """A mapping of arrays: images uint8 (N,H,W,C) or (N,H,W), or latents float, whose channels are
-    the axis `latent_axis`, classes (N,), the same of images to be held out, and class_names."""
-    x, y, x_val, y_val = (next((file[name] for name in row.split() if name in file), None)
-                          for row in ARRAYS)
-    if x is None:
-        raise ValueError(f"it holds the arrays {[*file]}, expected one of {ARRAYS[0]}")
-    arrays = [a[..., None] if a.ndim == 3 else a for a in (x, x_val) if a is not None]
-    arrays = [np.moveaxis(a, latent_axis, 3) if a.dtype.kind == "f" else a for a in arrays]
-    for a in arrays:
-        if not a.size or a.ndim != 4 or (a.shape[1] != a.shape[2] if a.dtype.kind == "f" else
-                                         a.dtype != np.uint8 or a.shape[3] not in (1, 3, 4)):
-            raise ValueError(f"it holds {a.dtype} {a.shape}, expected uint8 (N,H,W,C), or float "
-                             "(N,C,S,S) for latents")
-    n, total, shape = len(arrays[0]), sum(map(len, arrays)), arrays[0].shape
-    names, classes = np.asarray(file.get("class_names", ())).tolist(), None
-    y = np.load(labels) if labels else y
-    if y is not None:
-        y = np.concatenate([part.reshape(-1) for part in (y, y_val) if part is not None])
-        if len(y) != total or y.dtype.kind not in "iu" or y.min() < -1:
-            raise ValueError(f"labels {y.dtype} {y.shape}, expected {total} class numbers")
-        classes = ["" if i < 0 else names[i] if names else str(i) for i in y]
-    channels = min(shape[3], 3) if x.dtype == np.uint8 else shape[3]
-    return Source(range(total), lambda i: arrays[0][i] if i < n else arrays[1][i - n], classes,
-                  names, min(shape[1:3]), channels, total - n)
-
-def split(source, num, classes, val_frac, seed):
-    """{"train": candidates, "val": candidates}, shuffled by the seed. classes: these alone; num: so
-    many training images, alike many of each class. What the source holds out stays held out."""
-    names = source.classes or [""] * len(source.names)  # sets of numpy's strings are slow
-    wanted = [*dict.fromkeys(classes.split(","))] if classes else sorted({*names})
-    need({*wanted} <= {*names}, f"--classes {classes}: expected some of {','.join({*names})}")
-    names, n = np.array(names), len(names) - source.num_val
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(n)
-    order = order[np.isin(names[order], wanted)]
-    val = [i for i in range(n, len(names)) if names[i] in wanted]
-    held = 0 if val else min(max(1, round(val_frac * len(order))), len(order) - 1, 10_000)
-    first = np.unique(names[order], return_index=True)[1]  # of each class: it is not held out
-    late = np.setdiff1d(np.arange(len(order)), first)[-held:] if held else []
-    train, val = np.delete(order, late), val or order[late]
-    if num:  # one of each class in turn
-        pools = [train[names[train] == name] for name in wanted]
-        train = [i for row in zip_longest(*pools) for i in row if i is not None][:num]
-    return {"train": [*train], "val": [*val] or [*train]}  # a single image is both
+def array_source(images, labels=None, val_images=(), val_labels=(), class_names=None):
+    """Images uint8 (N,H,W) or (N,H,W,C), or latents float (N,S,S,C); labels int (N,), -1 = none."""
+    items = [*np.asarray(images), *np.asarray(val_images)]
+    items = [np.atleast_3d(item) for item in items]  # (H,W,C), views: nothing is read yet
+    height, width, channels = items[0].shape
+    dtype = str(items[0].dtype)
+    if dtype.startswith("float") and height == width:
+        dtype = "float32"
+    elif dtype == "uint8" and channels in (1, 3, 4):
+        channels = min(channels, 3)  # transparency is not kept
+    else:
+        raise ValueError(f"it holds {dtype} {np.shape(images)}, expected uint8 (N,H,W,C) for "
+                         "images, or float (N,C,S,S) for latents")
+    classes = [""] * len(items)
+    if labels is not None:
+        y = np.array([*np.ravel(labels), *np.ravel(val_labels)])
+        check(y.dtype.kind in "iu" and len(y) == len(items),
+              f"labels {y.dtype} {np.shape(labels)} are not {len(items)} class numbers")
+        if class_names is None:
+            class_names = range(max(y) + 1)
+        class_names = np.asarray(class_names).astype(str).tolist()  # of bytes or numbers, too
+        check(max(y) < len(class_names), f"label {max(y)} has no name in class_names")
+        classes = [class_names[number] if number >= 0 else "" for number in y]
+    return Source(range(len(items)), items.__getitem__, classes, class_names, len(val_images),
+                  min(height, width), channels, dtype)
 
 # ---- The rules of pixels.
-# Formats that show themselves by their first bytes, and none that runs another program.
-FORMATS = "PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000"
 
-def iter_images(source, order, rejects, size=None, channels=3, fit="crop", background="white"):
-    """Yields (i, uint8 (H,W,channels)) for i in `order`, latents as they are; `rejects`, a list,
-    gets (name, reason). Threads decode a few images ahead, so memory stays flat."""
-    def decode(i):
-        try:
-            return to_pixels(source.load(i), size, channels, fit, background)
-        except Exception as error:  # noqa: BLE001 (what a decoder says is the reason)
-            return f"{type(error).__name__}: {error}"
+# Formats that Pillow decodes by itself; EPS and others would start other programs.
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000")
 
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(order), 64):
-            part = order[start : start + 64]
-            for i, pixels in zip(part, pool.map(decode, part)):
-                if isinstance(pixels, str):
-                    rejects.append((source.names[i], pixels))
-                else:
-                    yield i, pixels
+def to_image(pixels):
+    """uint8 (H,W,C) -> a picture of Pillow."""
+    if pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    return Image.fromarray(pixels)
 
-def to_pixels(item, size, channels, fit, background):
-    """A binary file or an array -> uint8 (H,W,channels); latents are only checked."""
-    if isinstance(item, np.ndarray) and item.dtype.kind == "f":
-        item = np.ascontiguousarray(item, np.float32)
-        if not np.isfinite(item).all() or size and item.shape != (size, size, channels):
-            raise ValueError(f"a latent {item.shape}, expected finite {(size, size, channels)}")
-        return item
-    image = to_image(item) if isinstance(item, np.ndarray) else Image.open(item, formats=FORMATS)
-    image = ImageOps.exif_transpose(image)  # decodes everything: a truncated file fails here
-    if image.mode == "F":
-        raise ValueError("floating-point pixels: save them with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16 bits: scaled, where Pillow would clip
-        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        image = Image.fromarray(np.uint8((values * 255 + 32767) // 65535))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    image = image.convert("RGB")
-    if size and fit == "crop":
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    elif size:
-        image = ImageOps.pad(image, (size, size), Image.Resampling.LANCZOS, background)
-    return np.asarray(image) if channels == 3 else np.asarray(image.convert("L"))[..., None]
+@dataclass
+class Decoder:
+    """Turns files into uint8 (size,size,channels), and keeps account of what it can't use."""
 
-def to_image(pixels):  # uint8 (H,W,C), C = 1, 3 or 4 -> a picture of Pillow
-    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    size: int = None  # None = of each image
+    channels: int = 3
+    fit: str = "crop"
+    background: str = "white"
+    grey_range: tuple = None  # black and white of images of more than 8 bits
+    grey_values: list = field(default_factory=list)  # smallest and largest of each such image
+    extra_frames: list = field(default_factory=list)  # of each file
+    rejected: list = field(default_factory=list)  # (name, reason)
 
-# ---- The writer: the folder is complete or absent.
-def write(source, folder, parts, settings):
-    """Decodes the candidates `parts`, {split: numbers}, into the folder -> what meta.json says."""
-    kept, rejects = {name: [] for name in parts}, []
-    for name, part in parts.items():
-        with open(f"{folder}/{name}.npy", "wb") as file:
-            file.seek(128)  # past the header, which says how many images there are
-            images = iter_images(source, part, rejects, **settings)
-            for i, image in tqdm(images, name, len(part), unit=" images"):
-                file.write(image)
-                kept[name].append(i)
-            need(kept[name], f"none of {len(part)} images for {name}.npy can be read {rejects[:1]}")
-            file.seek(0)
-            np.lib.format.write_array_header_1_0(file, dict(
-                descr=image.dtype.str, fortran_order=False, shape=(len(kept[name]), *image.shape)))
-    sys.stderr.writelines(f"  rejected {name}: {why}\n" for name, why in rejects[:20])
-    total = sum(map(len, parts.values()))
-    need(2 * len(rejects) <= total,
-         f"{total - len(rejects)} of {total} images can be read: is this the right source?")
-    classes = source.classes or [""] * len(source.names)  # "": none
-    counts = Counter(classes[i] for i in kept["train"] if classes[i])
-    by_number = sorted(counts, key=lambda name: (int(name) if name.isdecimal() else -1, name))
-    order = [name for name in dict.fromkeys(source.order or by_number) if name in counts]
-    number = {name: i for i, name in enumerate(order)}  # a class without training images: -1, none
-    for name in kept if order else ():
-        labels = np.array([number.get(classes[i], -1) for i in kept[name]], np.int64)
-        np.save(f"{folder}/{name}_labels.npy", labels)
-    odd = "; one image each: see --class_from" * (1000 < len(counts) == len(kept["train"]))
-    print(f"classes: { {name: counts[name] for name in order} or None}{odd}", file=sys.stderr)
-    digest = hashlib.file_digest(open(f"{folder}/train.npy", "rb"), "sha256").hexdigest()
-    meta = {"num_train": len(kept["train"]), "num_val": len(kept["val"]), "size": len(image),
-            "channels": image.shape[2], "dtype": str(image.dtype), "class_names": order or None,
-            "hash": digest, "rejected": len(rejects)}
-    if image.dtype == np.float32:
-        some = np.load(f"{folder}/train.npy", mmap_mode="r")[:4096].astype(np.float64)
-        meta["latent"] = [f(some, axis=(0, 1, 2)).tolist() for f in (np.mean, np.std)]
-    return meta
+    def iter_images(self, source, numbers):
+        """Yield (number, pixels) of the images that can be read, in this order. Threads decode 64
+        at a time, so that memory does not grow with the set."""
+
+        def attempt(i):
+            try:
+                return self.decode(source.load(i))
+            except Exception as error:  # noqa: BLE001 (damaged files can raise anything)
+                return explain(error)
+
+        numbers = iter(numbers)
+        with ThreadPoolExecutor() as pool:
+            while batch := list(islice(numbers, 64)):
+                for i, result in zip(batch, pool.map(attempt, batch)):
+                    if isinstance(result, str):
+                        self.rejected.append((source.names[i], result))
+                    else:
+                        yield i, result
+        # Scaled by 65535, 12 bits stored in 16 would come out black: better to ask than to guess.
+        if self.grey_values and not self.grey_range:
+            low, high = np.min(self.grey_values), np.max(self.grey_values)
+            check(low >= 0 and 2**15 <= high < 2**16, f"grey images of more than 8 bits hold "
+                  f"{low:g} to {high:g}: name black and white, like --range {low:g} {high:g}")
+
+    def decode(self, item):
+        """The path of a file, or an array -> pixels."""
+        if isinstance(item, str):
+            image = Image.open(item, formats=FORMATS)
+            self.extra_frames.append(getattr(image, "n_frames", 1) - 1)
+        elif item.dtype == np.uint8:
+            image = to_image(item)
+        else:
+            latent = np.ascontiguousarray(item, np.float32)
+            check(np.isfinite(latent).all(), "values that are not finite")
+            return latent
+        image = ImageOps.exif_transpose(image)  # decodes everything: a truncated file fails here
+        if image.mode.startswith(("I", "F")):  # grey of more than 8 bits, which Pillow would clip
+            values = np.asarray(image).astype(float)
+            self.grey_values.append((values.min(), values.max()))
+            low, high = self.grey_range or (0, 65535)
+            values = np.clip((values - low) / (high - low), 0, 1)
+            image = Image.fromarray(np.uint8(np.rint(255 * values)))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, self.background), image)
+        image = image.convert("RGB")
+        side = (self.size, self.size)
+        if self.size and self.fit == "crop":
+            image = ImageOps.fit(image, side, Image.Resampling.LANCZOS)
+        elif self.size:
+            image = ImageOps.pad(image, side, Image.Resampling.LANCZOS, self.background)
+        if self.channels == 1:
+            return np.asarray(image.convert("L"))[..., None]
+        return np.asarray(image)
+
+# ---- The writer.
+
+def choose(source, num=None, classes=None, val_frac=0.05, seed=0):
+    """Numbers of the images to hold out and to train on, shuffled by the seed. classes: only these;
+    num: so many to train on, as many of each class as possible."""
+    names = source.classes  # of each image
+    wanted = set(names)
+    if classes:
+        wanted = set(classes.split(","))
+        check(wanted <= set(names), f"--classes {classes}: there are {sorted(set(names))}")
+    num_train = len(names) - source.num_val
+    val = [i for i in range(num_train, len(names)) if names[i] in wanted]
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(num_train).tolist()
+    order = [i for i in order if names[i] in wanted]
+    rank = {}  # how many images of the same class come before this one
+    counts = Counter()
+    for i in order:
+        rank[i] = counts[names[i]]
+        counts[names[i]] += 1
+    if not val:
+        spare = [i for i in order if rank[i] > 0]  # each class keeps one to train on
+        val = spare[-max(1, min(round(val_frac * len(order)), 10_000)) :]
+    held_out = set(val)
+    train = [i for i in order if i not in held_out]
+    if num:
+        train = sorted(train, key=lambda i: (rank[i], names[i]))[:num]
+    return val or train, train  # a single image is both
+
+def write_images(path, images, shape, dtype):
+    """Write (number, image) pairs to an .npy file -> the numbers."""
+    numbers = []
+    with open(path, "wb") as file:
+        file.seek(128)  # the header is written last: it says how many there are
+        for i, image in images:
+            file.write(image)
+            numbers.append(i)
+        file.seek(0)
+        header = dict(descr=np.dtype(dtype).str, fortran_order=False, shape=(len(numbers), *shape))
+        np.lib.format.write_array_header_1_0(file, header)
+    return numbers
+
+def write_set(folder, source, decoder, val, train):
+    """Decode the images `val` and `train` into the folder -> what its meta.json says."""
+    shape = (decoder.size, decoder.size, decoder.channels)
+    # The first that can be read are held out: a damaged image is replaced by the next one.
+    images = decoder.iter_images(source, tqdm(val + train, mininterval=TICK, unit=" images"))
+    val = write_images(f"{folder}/val.npy", islice(images, len(val)), shape, source.dtype)
+    train = write_images(f"{folder}/train.npy", images, shape, source.dtype)
+    rejected = decoder.rejected
+    for name, reason in rejected[:20]:
+        say(f"  rejected {name}: {reason}")
+    say(f"left out: {len(rejected)} images that can't be read, {sum(decoder.extra_frames)} later "
+          "frames")
+    check(train and len(train) >= len(rejected), f"{len(rejected)} images can't be read, more than "
+          "half: is this the right source?")
+
+    class_names = class_order(source, train)
+    label = {name: i for i, name in enumerate(class_names)}
+    for split, numbers in ("train", train), ("val", val):
+        labels = [label.get(source.classes[i], -1) for i in numbers]
+        if class_names:
+            np.save(f"{folder}/{split}_labels.npy", np.array(labels, np.int64))
+    with open(f"{folder}/train.npy", "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    latent = None
+    if source.dtype == "float32":
+        sample = np.load(f"{folder}/train.npy", mmap_mode="r")[:4096].astype(float)
+        mean, deviation = sample.mean(axis=(0, 1, 2)), sample.std(axis=(0, 1, 2))
+        for channel in np.flatnonzero(deviation == 0):
+            say(f"channel {channel} is constant: its deviation is taken as 1")
+            deviation[channel] = 1
+        latent = [mean.tolist(), deviation.tolist()]
+    return dict(num_train=len(train), num_val=len(val), size=decoder.size,
+                channels=decoder.channels, dtype=source.dtype, class_names=class_names or None,
+                latent=latent, hash=digest, rejected=len(rejected))
+
+def class_order(source, train):
+    """Print the classes that have training images -> their names in order."""
+    counts = Counter(source.classes[i] for i in train if source.classes[i])
+    example = {source.classes[i]: source.names[i] for i in train}
+    names = sorted(counts)
+    if all(name.isdecimal() for name in names):
+        names.sort(key=int)
+    if source.class_names:
+        names = [name for name in source.class_names if name in counts]
+    for name in names:
+        say(f"  class {name}: {counts[name]} images, like {example[name]}")
+    if len(names) > 1000 or 0 < len(names) == counts.total():
+        say(f"{len(names)} classes of {counts.total()} images: is this right?")
+    return names
+
+# ---- The command line. The other scripts use its parts.
+
+TICK = 0.1 if sys.stderr.isatty() else 30.0  # seconds between updates of a progress bar
+# SIGUSR1 is what `#SBATCH --signal=USR1@120` sends before the time is up.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+                if hasattr(signal, name)]
+
+def on_stop_signals(handler):
+    """Call handler(number, frame) when the process is asked to stop; what nohup ignores stays so."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+def number(kind, low, high):
+    """A type for argparse: numbers of a kind (int or float) from low on and below high."""
+
+    def convert(text):
+        value = kind(text)
+        if not low <= value < high:
+            raise argparse.ArgumentTypeError(f"{text}: expected a number >= {low} and < {high}")
+        return value
+
+    convert.__name__ = kind.__name__  # for argparse's messages
+    return convert
+
+def integers(text):
+    """A type for argparse: "2,9" -> (2, 9)."""
+    return tuple(int(part) for part in text.split(",") if part)
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line per setting, whose complaints are one sentence."""
+
+    def add(self, name, default, help, kind=None, low=0, high=math.inf, **how):
+        """The setting --name of a kind: int, float, tuple (of integers), bool or text; by default
+        that of `default`. Help prints the default at the time when it is asked for."""
+        if kind is None:
+            kind = type(default)
+        if kind is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        elif kind is tuple:
+            how["type"] = integers
+        elif kind in (int, float):
+            how["type"] = number(kind, low, high)
+        self.add_argument(f"--{name}", default=default, help=f"{help} (%(default)s)", **how)
+
+    def error(self, message):  # argparse itself would print the usage and exit with code 2
+        check(False, f"{self.prog}: {message} (--help lists the settings)")
+
+def run_script(main):
+    """Run a script. A user's mistake is one sentence, told once on each machine, and exit code 1."""
+    on_stop_signals(lambda number, frame: sys.exit(128 + number))  # cleans up, like an error
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].name
+        if isinstance(error, ValueError) and raised_in != "check":
+            raise  # a bug, of ours or of a library: show where
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            say(str(error))
+        sys.exit(1)
+
+DATA_FILES = {"train.npy", "val.npy", "train_labels.npy", "val_labels.npy", "meta.json",
+              "judge.pt", "judge.json"}  # the last two are written by tests/tools/judge.py
 
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("src", nargs="?", metavar="SRC", help="none: the built-in faces")
+    parser.add_argument("src", nargs="?", metavar="SRC",
+                        help="folder, archive, arrays or data set; not given = built-in faces")
     add = parser.add
-    add("out", None, "folder to write; default data/NAME_OF_SRC")
-    add("size", None, "side of an image; default 64, arrays keep theirs", type=int)
-    add("channels", None, "1 is greyscale; default 3", type=int, choices=(1, 3))
-    add("fit", "crop", "to square", choices=("crop", "pad"))
-    add("background", "white", "behind transparency and padding", type=ImageColor.getrgb)
-    add("val_frac", 0.05, "share of val.npy, where the source holds nothing out")
-    add("num", None, "training images, as many of each class as possible", type=int)
-    add("classes", None, "take these alone, names with commas between")
-    add("labels", None, "labels.npy, integers (N,), for a source that is an array")
-    add("class_from", "first", "which folder, below those of all images", choices=("first", "last"))
-    add("seed", 0, "of the shuffle and the faces")
+    add("out", None, "folder to write; None = data/NAME_OF_SRC")
+    add("size", None, "side of the images in pixels; None = 64, or that of arrays", int, low=1)
+    add("channels", None, "1 = grey, 3 = colour; None = 3, or as many as arrays have", int,
+        choices=(1, 3))
+    add("fit", "crop", "how to make images square", choices=("crop", "pad"))
+    parser.add_argument("--background", default="white", type=ImageColor.getrgb,
+                        help="colour behind transparency and padding (white)")
+    parser.add_argument("--range", type=float, nargs=2, metavar=("BLACK", "WHITE"),
+                        help="values that are black and white in grey images of more than 8 bits")
+    add("val_frac", 0.05, "share of the images to hold out, if the source holds none out", high=1)
+    add("num", None, "number of training images, as many of each class as possible", int, low=1)
+    add("classes", None, "use only these classes, separated by commas")
+    add("labels", None, "class numbers for an array: labels.npy, integers (N,)")
+    add("seed", 0, "seed of the order of the images, and of the faces")
     add("force", False, "replace an existing data set")
-    a = parser.parse_args(argv)
-    title = re.sub(r"^\.+|\.(zip|tgz|tar|gz|np[yz])\b", "", Path(a.src or "faces").resolve().name)
-    shown = a.out or os.path.join("data", title)
-    out = os.path.realpath(shown)  # behind a link, the folder itself is replaced
-    inside = {*os.listdir(out)} if os.path.exists(out) else set()
-    known = re.fullmatch("((train|val)(_labels)?.npy|(meta|judge).(json|pt)| )*", " ".join(inside))
-    need("," not in shown, f"{shown}: a comma separates data sets in train.py, name another --out")
-    need(not inside or a.force and known, f"{shown} is there already: name another --out, or give "
-         "--force, which replaces a data set (but no folder that holds anything else)")
+    args = parser.parse_args(argv)
+
+    name = Path(args.src or "faces").resolve().stem.removesuffix(".tar")
+    out = os.path.realpath(args.out or f"data/{name}")
+    if os.path.exists(out) and os.listdir(out):
+        check(args.force and set(os.listdir(out)) <= DATA_FILES, f"{out} exists: give another "
+              "--out, or --force, which replaces a data set and nothing else")
     os.makedirs(os.path.dirname(out), exist_ok=True)
     with ExitStack() as stack:
-        place = stack.enter_context(TemporaryDirectory(".tmp", dir=os.path.dirname(out)))
-        source = open_source(a.src, stack, a.labels, a.size or 64, a.seed, a.class_from, place)
-        settings = {"size": a.size or source.size or 64, "channels": a.channels or source.channels,
-                    "fit": a.fit, "background": a.background}
-        parts = split(source, a.num, a.classes, a.val_frac, a.seed)
-        takes = sum(map(len, parts.values())) * settings["size"] ** 2 * settings["channels"]
-        need(takes < shutil.disk_usage(place).free, f"no room for the {takes} bytes of {shown}")
-        os.mkdir(f"{place}/new")
-        meta = write(source, f"{place}/new", parts, settings)
-        meta["preprocessing"] = settings | {"source": title, "seed": a.seed}
-        Path(place, "new", "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        # The set is written beside its place and moved there when complete.
+        temp_dir = stack.enter_context(TemporaryDirectory(".tmp", dir=os.path.dirname(out)))
+        if args.src:
+            source = open_source(args.src, stack, args.labels, temp_dir)
+        else:
+            source = face_source(args.size or 64, args.seed)
+        size = args.size or source.size
+        channels = args.channels or source.channels
+        check(source.dtype == "uint8" or (size, channels) == (source.size, source.channels),
+              f"latents keep their size {source.size}")
+        val, train = choose(source, args.num, args.classes, args.val_frac, args.seed)
+        num_bytes = len(val + train) * size**2 * channels * np.dtype(source.dtype).itemsize
+        check(num_bytes < shutil.disk_usage(temp_dir).free, f"no room for {num_bytes} bytes")
+        decoder = Decoder(size, channels, args.fit, args.background, args.range)
+        os.mkdir(f"{temp_dir}/new")
+        meta = write_set(f"{temp_dir}/new", source, decoder, val, train)
+        meta["preprocessing"] = vars(args)
+        Path(temp_dir, "new/meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         if os.path.exists(out):
-            os.rename(out, f"{place}/old")
-            stack.callback(lambda: os.path.exists(out) or os.rename(f"{place}/old", out))
-        os.rename(f"{place}/new", out)
-    print(f"{shown}: {meta['num_train']} images, {meta['num_val']} held out", file=sys.stderr)
+            os.rename(out, f"{out}.old")
+        os.rename(f"{temp_dir}/new", out)
+        shutil.rmtree(f"{out}.old", ignore_errors=True)
+    say(f"{out}: {meta['num_train']} images, {meta['num_val']} held out, {meta['rejected']} "
+          "rejected")
 
-# ---- The built-in data: faces.
+# ---- The built-in data: faces, painted with ovals.
 NUM_FACES = 12_000
 FACE_CLASSES = ["short_hair", "short_hair_glasses", "long_hair", "long_hair_glasses"]
-SKIN = "#ffe3cf #f9d0ae #efb98f #d99a6c #b9794e #8f5a3c #693f2b"
-HAIR = "#241a17 #3d271d #6a4027 #94602f #c98f45 #ecc673 #b04a2a #d9773b #8d8f98 #e9e5df"
-IRIS = "#4a2f1d #3a6ea5 #4b8a57 #7a5a35 #5d6d7e"
-CLOTH = "#e4572e #2e86ab #f2b134 #3d9970 #7b5ea7 #f4f1ea #364152 #e87ea1 #58b5b0 #a63d40"
-FRAME = "#22252b #7a3b2e #c79a3b #b3263c #3b5b8c"
-WALL = "#cfe6f5 #fbe3c8 #d9efd5 #f6d5dc #e2dbf3 #fdf0bd #cdeae6 #d8dde6"
-GLOW = Image.radial_gradient("L").point(lambda v: max(0, 255 - round(1.41 * v)))  # soft disc
+COLOURS = {
+    "skin": "#ffe0c8 #f7cba8 #e9b088 #cf9062 #a96c44 #7f4d32",
+    "hair": "#2a1f1c #4a2f20 #7a4a2a #a86c35 #d9a850 #eccb80 #b5502c #8e9099 #ddd8d2",
+    "cloth": "#e4572e #2e86ab #f2b134 #3d9970 #7b5ea7 #e87ea1 #58b5b0 #364152",
+    "wall": "#cfe6f5 #fbe3c8 #d9efd5 #f6d5dc #e2dbf3 #fdf0bd #cdeae6",
+    "frame": "#22252b #7a3b2e #b3263c #3b5b8c",
+    "iris": "#3d2a20 #2a5a94 #2f6e46 #5d4a26",
+}
+INK, BLUSH = "#3c1e28", "#e0505450"  # the last two digits: opacity
+CURLS = [(1.02 * np.cos(a), -0.25 - np.sin(a), 0.33, 0.33) for a in np.linspace(0, np.pi, 9)]
+QUIFF = [(0.3, -1.1, 0.7, 0.4)]  # an oval: its centre, and half its width and height
+SHADOW = Image.radial_gradient("L").crop((96, 96, 256, 256)).point(lambda v: 0.4 * v)
 
-def make_face(index, size=64, seed=0, label=None):
-    """Face `index` -> (uint8 (size,size,3), label); another label is the same person restyled."""
-    rng, s = np.random.default_rng([seed, index]), 4 * size  # painted large and reduced at the end
-    long, glasses = divmod(index % 4 if label is None else label, 2)
+def face_source(size, seed):
+    classes = FACE_CLASSES * (NUM_FACES // 4)
+    return Source(range(NUM_FACES), lambda i: make_face(i, size, seed)[0], classes, FACE_CLASSES)
 
-    def mix(a, b, t):
-        return tuple(round(x + (y - x) * t) for x, y in zip(a, b))
-    colours = [ImageColor.getrgb(rng.choice(row.split()))
-               for row in (SKIN, HAIR, IRIS, CLOTH, CLOTH, FRAME, WALL, WALL)]
-    skin, hair, iris, cloth, band, frame, wall, floor = (
-        mix(colour, rng.integers(0, 256, 3), 0.06) for colour in colours)
-    fringe, top, lens, collar, mouth = rng.integers([4, 4, 3, 4, 5]).tolist()
-    striped, beard, sunny, rings = rng.random(4) < [0.3, 0.22, 0.12, 0.45]
-    shift, lift, turn, gaze, smile, brow, wide, length, sun = rng.uniform(-1, 1, 9)
-    side, fx = 1 if sun > 0 else -1, 0.1 * turn  # the shady side; how far the face is turned
-    white, ink, lips, gold = (255, 255, 255), (48, 32, 36), (165, 50, 60), (247, 211, 88)
-    dark, light = mix(skin, (90, 30, 40), 0.25), mix(skin, (255, 250, 235), 0.35)
-    shade, shine = mix(hair, (20, 5, 25), 0.35), mix(hair, (255, 240, 215), 0.3)
-    u = s * (0.27 + 0.008 * wide)  # one unit: half the width of a head
-    cx, cy = s * (0.5 + 0.02 * shift), s * (0.46 + 0.015 * lift)
+def make_face(index, size=64, seed=0):
+    """Face `index` -> (uint8 (size,size,3), label, a number in FACE_CLASSES)."""
+    rng = np.random.default_rng([seed, index])
+    skin, hair, cloth, wall, frame, iris = [rng.choice(row.split()) for row in COLOURS.values()]
+    top = [[], CURLS, QUIFF][rng.integers(3)]  # of the hair
+    part = rng.uniform(0, 0.42)  # how far the hair reaches down in the middle
+    turn, shift, smile, brow = rng.uniform(-0.1, 0.1, 4)
+    label = index % 4
+    canvas = 3 * size  # painted large and reduced at the end, for smooth edges
+    unit = 0.27 * canvas  # half the width of a head
+    line = round(0.09 * unit)  # its width
+    image = Image.new("RGB", (canvas, canvas), wall)
+    draw = ImageDraw.Draw(image, "RGBA")
+    shadow = SHADOW.resize(image.size)
+
     def box(x, y, rx, ry):
-        return [cx + u * (x - rx), cy + u * (y - ry), cx + u * (x + rx), cy + u * (y + ry)]
-    def poly(brush, colour, *points):
-        brush.polygon([(cx + u * x, cy + u * y) for x, y in points], colour)
-    def glow(mask, x, y, r, colour):
-        area = [round(v) for v in box(x, y, r, r)]
-        soft = GLOW.resize((area[2] - area[0], area[3] - area[1]), Image.Resampling.NEAREST)
-        image.paste(colour, area, ImageChops.multiply(soft, mask.crop(area)))
-    gradient = Image.linear_gradient("L").resize((s, s), Image.Resampling.NEAREST)
-    image, head, cap = (ImageOps.colorize(gradient, wall, floor), Image.new("L", (s, s)),
-                        Image.new("L", (s, s)))
-    draw, on_head, on_cap = map(ImageDraw.Draw, (image, head, cap))
-    draw.ellipse(box(0, -0.1, 1.85, 1.85), mix(wall, white, 0.45))
-    end = 1.75 + 0.3 * length
-    if long:  # hair behind the head
-        draw.rounded_rectangle(box(0, end / 2 - 0.5, 1.27, end / 2 + 0.75), u, shade)
-    for y in np.arange(-0.2, end, 0.42) if long and top == 1 else ():
-        draw.ellipse(box(-1.2, y, 0.27, 0.3), shade)
-        draw.ellipse(box(1.2, y, 0.27, 0.3), shade)
-    draw.rounded_rectangle(box(0, 2.5, 1.65, 1), 0.62 * u, cloth)
-    for y in (1.92, 2.22) if striped else ():
-        draw.rectangle(box(0, y, 1.65, 0.075), band)
-    draw.rounded_rectangle(box(0, 1.1, 0.36, 0.56), 0.2 * u, dark)
-    if collar == 0:
-        draw.rounded_rectangle(box(0, 1.55, 0.5, 0.17), 0.1 * u, mix(cloth, ink, 0.2))
-    if collar == 1:
-        poly(draw, dark, (-0.5, 1.48), (0.5, 1.48), (0, 2.1))
-    for e in (-1, 1):
-        if collar == 2:
-            points = (0.3 * e, 1.3), (0.02 * e, 1.76), (0.44 * e, 1.98), (0.66 * e, 1.5)
-            poly(draw, mix(cloth, white, 0.5), *points)
-        draw.ellipse(box(e, 0.12, 0.2, 0.25), dark if e == side else skin)
-        if rings and long:
-            draw.ellipse(box(1.07 * e, 0.45, 0.09, 0.09), gold)
-    skull, jaw = box(0, -0.1, 1, 1.08), box(0, 0.16, 0.86 + 0.05 * wide, 1.06)
-    for brush, colour in (draw, skin), (on_head, 255):
-        brush.ellipse(skull, colour)
-        brush.ellipse(jaw, colour)
-    glow(head, 1.05 * side, 0.75, 1.3, dark)
-    glow(head, fx - 0.5 * side, -0.2, 1.1, light)
-    if beard and not long:
-        draw.chord(jaw, 5, 175, mix(hair, shade, 0.5))
-        draw.ellipse(box(fx, 0.1, 0.74, 0.5), skin)
-    for e in (-1, 1):
-        x, pupil = fx + 0.43 * e, fx + 0.43 * e + 0.06 * gaze
-        glow(head, fx + 0.56 * e, 0.36, 0.36, mix(skin, (235, 80, 80), 0.3))
-        draw.ellipse(box(x, 0, 0.2, 0.18), white)
-        draw.ellipse(box(pupil, 0.01, 0.13, 0.13), iris)
-        draw.ellipse(box(pupil, 0.01, 0.07, 0.07), ink)
-        draw.ellipse(box(pupil - 0.045, -0.04, 0.045, 0.045), white)
-        draw.arc(box(x, 0.02, 0.23, 0.22), 195, 345, ink, round(0.06 * u))
-        tilt = 12 * brow * e
-        draw.arc(box(x, -0.18, 0.27, 0.2), 212 + tilt, 328 + tilt, shade, round(0.09 * u))
-    draw.arc(box(fx * 1.6, 0.24, 0.13, 0.14), 20, 160, dark, round(0.06 * u))
-    lips, width, depth = mix(dark, lips, 0.75), 0.32 + 0.07 * smile, (0, 0, 0.28, 0.2, 0.08)[mouth]
-    if mouth < 2:  # laughing
-        draw.chord(box(fx, 0.54, width, 0.3), 0, 180, mix(lips, ink, 0.4))
-        draw.chord(box(fx, 0.54, width * 0.86, 0.16), 0, 180, white)
+        x, y = x + 1.85 + shift, y + 1.75
+        return [unit * v for v in (x - rx, y - ry, x + rx, y + ry)]
+
+    def paint(colour, *ovals, openings=()):
+        """Ovals as one shape, with light from the upper left."""
+        mask = Image.new("L", image.size)
+        brush = ImageDraw.Draw(mask)
+        for level, group in (255, ovals), (0, openings):
+            for oval in group:
+                brush.ellipse(box(*oval), level)
+        image.paste(colour, mask=mask)
+        image.paste(INK, mask=ImageChops.multiply(mask, shadow))
+
+    draw.ellipse(box(0, 0, 1.75, 1.75), "#ffffff80")
+    if label >= 2:
+        paint(hair, (0, -0.1, 1.2, 1.2), (0, 1, 1.22, 1.1))
+    paint(cloth, (0, 2.5, 1.5, 1.1))
+    paint(skin, (0, 1.2, 0.36, 0.5), (-1, 0.15, 0.2, 0.25), (1, 0.15, 0.2, 0.25))
+    paint(skin, (0, -0.1, 1, 1.05), (0, 0.2, 0.88, 1))
+    for side in -1, 1:
+        x = turn + 0.42 * side
+        draw.ellipse(box(x + 0.12 * side, 0.42, 0.2, 0.14), BLUSH)
+        draw.ellipse(box(x, 0.05, 0.2, 0.2), "white")
+        draw.ellipse(box(x + turn / 2, 0.07, 0.14, 0.15), iris)
+        draw.ellipse(box(x + turn / 2 - 0.05, 0, 0.05, 0.05), "white")
+        draw.arc(box(x, brow - 0.15, 0.26, 0.2), 210, 330, INK, line)
+    if rng.random() < 0.6:
+        draw.arc(box(turn, 0.45, 0.34, 0.2 + smile), 25, 155, "#b03c46", line)
     else:
-        draw.arc(box(fx, 0.66 - depth, width, depth), 20, 160, lips, round(0.09 * u))
-    on_cap.ellipse(box(0, -0.2, 1.13, 1.16), 255)  # hair in front, less an opening for the face
-    tufts = {0: [], 2: [(0.3 * side, -1.15, 0.72, 0.38)], 3: [(0, -1.42, 0.36, 0.33)] * long,
-             1: [(1.05 * np.cos(a), -0.3 - np.sin(a), 0.3, 0.3) for a in np.linspace(0, 3.14, 8)]}
-    for tuft in tufts[top]:
-        on_cap.ellipse(box(*tuft), 255)
-    for x in np.linspace(-0.8, 0.6, 5) if top == 3 and not long else ():
-        poly(on_cap, 255, (x - 0.2, -0.95), (x + 0.3, -1.58 + 0.25 * abs(x)), (x + 0.5, -0.95))
-    openings = ([(0, 0.42, 0.88, 1.15)], [(0, 0.5, 0.95, 0.98), (0, 0.9, 0.9, 1.3)],
-                [(-0.26 * side, 0.32, 0.72, 0.98), (0.3 * side, 0.52, 0.6, 0.8)],
-                [(-0.42, 0.4, 0.5, 0.98), (0.42, 0.4, 0.5, 0.98), (0, 0.7, 0.86, 0.9)])
-    for x, *rest in openings[fringe]:
-        on_cap.ellipse(box(fx + x, *rest), 0)
-    if not long:
-        on_cap.rectangle([0, cy + 0.12 * u, s, s], 0)
-    image.paste(hair, mask=cap)
-    glow(cap, -0.5 * side, -0.95, 0.85, shine)
-    glow(cap, 1.0 * side, -0.2, 0.9, shade)
-    for e in (-1, 1) if glasses else ():
-        x, w, glass = fx + 0.43 * e, round(0.08 * u), (38, 38, 48) if sunny else None
-        rx, ry, corner = ((0.34, 0.34, 0.34), (0.36, 0.3, 0.14), (0.37, 0.25, 0.14))[lens]
-        draw.rounded_rectangle(box(x, 0.02, rx, ry), corner * u, glass, frame, w)
-        draw.line([cx + u * (x + 0.34 * e), cy, cx + u * e, cy - 0.04 * u], frame, w)
-        draw.line([cx + u * (fx + 0.1 * e), cy, cx + u * fx, cy], frame, w)
-    return np.asarray(image.reduce(4)), 2 * long + glasses
+        draw.chord(box(turn, 0.52, 0.36, 0.27 + smile), 0, 180, "#8c3440")
+        draw.chord(box(turn, 0.52, 0.3, 0.12), 0, 180, "white")
+    face = [(-part, 0.42, 0.9 - part, 1), (part, 0.42, 0.9 - part, 1), (0, 1.25, 1.3, 1.1)]
+    paint(hair, (0, -0.18, 1.1, 1.12), *top, openings=face)
+    if label % 2:
+        for x in turn - 0.43, turn + 0.43:
+            draw.ellipse(box(x, 0.06, 0.36, 0.34), None, frame, line)
+        draw.line(box(turn, 0.02, 0.1, 0), frame, line)
+    return np.asarray(image.reduce(3)), label
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # like an error: cleans up
-    main()
+    run_script(main)
