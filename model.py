@@ -549,45 +549,44 @@ def distill_targets(teacher, batch, num_new):
 
 # ---- An optimizer for matrices.
 
+def newton_schulz(x):
+    """The singular values of x (n, m), n <= m, moved towards 1 in five iterations, which run on n x
+    n matrices."""
+
+    def polynomial(square):
+        factor = torch.addmm(square, square, square, beta=-4.775, alpha=2.0315)
+        factor.diagonal().add_(3.4445)
+        return factor
+
+    square = x @ x.mT
+    norm = square.trace().clamp_min(1e-30)  # squared Frobenius norm
+    square = square / norm
+    factor = polynomial(square)
+    root = factor / norm.sqrt()
+    for _ in range(4):
+        square = factor @ square @ factor
+        factor = polynomial(square)
+        root = factor @ root
+    return root @ x
+
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, for matrices; updates as large as AdamW's (arXiv 2502.16982).
-    As torch.optim.Muon, but on many matrices at once, and with the iteration on n x n products (n
-    the smaller side): twice as fast on a CPU."""
+    """Momentum made orthogonal, for matrices; updates as large as AdamW's (arXiv 2502.16982). As
+    torch.optim.Muon, but in float32 and on smaller products: faster on a CPU."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for n in {min(p.shape) for p in group["params"]}:
-                matrices = [p for p in group["params"] if min(p.shape) == n]
-                self.update(matrices, n, group["lr"], group["weight_decay"])
-
-    def update(self, matrices, n, lr, weight_decay):
-        """A step of matrices (n, m) or (m, n), m >= n."""
-        gradients = [p.grad for p in matrices]
-        for p in matrices:
-            self.state[p].setdefault("momentum", torch.zeros_like(p))
-        momenta = [self.state[p]["momentum"] for p in matrices]
-        torch._foreach_lerp_(momenta, gradients, 0.05)
-        directions = torch._foreach_lerp(gradients, momenta, 0.95)  # Nesterov
-        directions = [d.mT if d.shape[0] > n else d for d in directions]  # all (n, m)
-        # Newton-Schulz: the singular values of root @ direction approach 1.
-        square = torch.stack([d @ d.mT for d in directions])  # (B, n, n)
-        norm = square.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-30)
-        norm = norm.view(-1, 1, 1)  # squared Frobenius norm
-        square = square / norm
-        root = torch.eye(n, device=norm.device) / norm.sqrt()
-        for _ in range(5):
-            factor = torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
-            factor.diagonal(dim1=1, dim2=2).add_(3.4445)
-            square = factor @ square @ factor
-            root = factor @ root
-        torch._foreach_mul_(matrices, 1 - lr * weight_decay)
-        for p, r, direction in zip(matrices, root, directions):
-            update = r @ direction
-            if p.shape[0] > n:
-                update = update.mT
-            rate = 0.2 * lr * max(p.shape) ** 0.5
-            p.add_(update, alpha=-rate)
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                update = p.grad.lerp(momentum, 0.95)  # Nesterov
+                if p.shape[0] > p.shape[1]:
+                    update = newton_schulz(update.mT).mT
+                else:
+                    update = newton_schulz(update)
+                rate = 0.2 * group["lr"] * max(p.shape) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-rate)
 
 # ---- Checkpoints: one file of tensors and plain values, replaced as a whole or not at all.
 
