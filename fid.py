@@ -25,12 +25,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import prepare_data
 import sample
 from model import check_noise, denoising_loss, noised, replace_file
-from prepare_data import Images, Parser, check, run_script, say
+from prepare_data import Images, Parser, check, progress_bar, run_script, say
 from sample import RANK, WORLD_SIZE
 
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -281,8 +280,8 @@ def image_source(path, args, temp_dir):
 def measure(source, net, identity, args):
     """Fill in a source's statistics. Rank r measures the images r, r + WORLD_SIZE, ..."""
     numbers = range(RANK, source.num, WORLD_SIZE)
-    images = tqdm(source.images(numbers), source.path, len(numbers), unit="image",
-                  disable=RANK > 0, mininterval=prepare_data.TICK)
+    images = progress_bar(source.images(numbers), source.path, len(numbers), unit="image",
+                          disable=RANK > 0)
     moments = 0  # sum of (y, 1) (y, 1)^T over the features y: products, sums and their number
     kept = []
     for _, same_size in groupby(images, key=np.shape):

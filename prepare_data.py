@@ -26,11 +26,10 @@ import tarfile
 import traceback
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 
 import numpy as np
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageOps
@@ -45,6 +44,22 @@ def check(condition, message):
 def say(text):
     """Print above a progress bar, if there is one."""
     tqdm.write(text, file=sys.stderr)
+
+class LineWriter:
+    """What a progress bar writes, as lines."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
+
+    def flush(self):
+        sys.stderr.flush()
+
+def progress_bar(*args, **how):
+    """tqdm; where stderr is no terminal but a log, a line at most every 30 seconds."""
+    if sys.stderr.isatty():
+        return tqdm(*args, **how)
+    return tqdm(*args, mininterval=30, file=LineWriter(), **how)
 
 # ---- What training reads.
 
@@ -130,9 +145,8 @@ class Images:
 Source = namedtuple("Source", "names load classes class_names num_val size channels dtype",
                     defaults=(None, None, 0, 64, 3, "uint8"))
 
-def open_source(src, stack, labels=None, temp_dir=None):
-    """Find the images of a folder or a file. An archive is unpacked below `temp_dir` and removed
-    when `stack`, an ExitStack, is closed."""
+def open_source(src, temp_dir, labels=None):
+    """Find the images of a folder or a file. An archive is unpacked into a new folder in temp_dir."""
     check(os.path.exists(src), f"there is no {src}")
     try:
         if src.endswith((".npy", ".npz")):
@@ -140,7 +154,7 @@ def open_source(src, stack, labels=None, temp_dir=None):
         check(not labels, "--labels belongs to an .npy or .npz file")
         root = src
         if os.path.isfile(src):  # .zip, .tar, .tar.gz and others
-            root = stack.enter_context(TemporaryDirectory(dir=temp_dir))
+            root = mkdtemp(dir=temp_dir)
             tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # only into root
             shutil.unpack_archive(src, root)
         paths = list_files(root)
@@ -471,7 +485,7 @@ def write_set(folder, source, decoder, val, train):
     """Decode the images `val` and `train` into the folder -> what its meta.json says."""
     shape = (decoder.size, decoder.size, decoder.channels)
     # The first that can be read are held out: a damaged image is replaced by the next one.
-    images = decoder.iter_images(source, tqdm(val + train, mininterval=TICK, unit=" images"))
+    images = decoder.iter_images(source, progress_bar(val + train, unit=" images"))
     val = write_images(f"{folder}/val.npy", islice(images, len(val)), shape, source.dtype)
     train = write_images(f"{folder}/train.npy", images, shape, source.dtype)
     rejected = decoder.rejected
@@ -519,7 +533,6 @@ def class_order(source, train):
 
 # ---- The command line. The other scripts use its parts.
 
-TICK = 0.1 if sys.stderr.isatty() else 30.0  # seconds between updates of a progress bar
 # SIGUSR1 is what `#SBATCH --signal=USR1@120` sends before the time is up.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
                 if hasattr(signal, name)]
@@ -609,11 +622,10 @@ def main(argv=None):
         check(args.force and set(os.listdir(out)) <= DATA_FILES, f"{out} exists: give another "
               "--out, or --force, which replaces a data set and nothing else")
     os.makedirs(os.path.dirname(out), exist_ok=True)
-    with ExitStack() as stack:
-        # The set is written beside its place and moved there when complete.
-        temp_dir = stack.enter_context(TemporaryDirectory(".tmp", dir=os.path.dirname(out)))
+    # The set is written beside its place and moved there when complete.
+    with TemporaryDirectory(".tmp", dir=os.path.dirname(out)) as temp_dir:
         if args.src:
-            source = open_source(args.src, stack, args.labels, temp_dir)
+            source = open_source(args.src, temp_dir, args.labels)
         else:
             source = face_source(args.size or 64, args.seed)
         size = args.size or source.size

@@ -22,12 +22,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from tqdm import tqdm
 
 from model import (
     SIGMA_DATA, Denoiser, ModelConfig, check_noise, load_checkpoint, patchify, replace_file,
     sampler_levels, unpatchify)
-from prepare_data import TICK, Parser, check, run_script, say, to_image
+from prepare_data import Parser, check, progress_bar, run_script, say, to_image
 
 # Set by torchrun: this process, all processes, this process on its machine.
 RANK = int(os.environ.get("RANK", 0))
@@ -179,7 +178,7 @@ def write_all(out, batches, num, batch_size, recipe, class_names):
     if WORLD_SIZE > 1:
         dist.barrier()
     starts = range(0, num, batch_size)
-    for start in tqdm(starts[RANK::WORLD_SIZE], "sampling", disable=RANK > 0, mininterval=TICK):
+    for start in progress_bar(starts[RANK::WORLD_SIZE], "sampling", disable=RANK > 0):
         numbers = range(start, min(start + batch_size, num))
         paths = [f"{folder}/{i:06d}.png" for i in numbers]
         if is_npz:
@@ -336,7 +335,7 @@ def main(argv=None):
         write_all(args.out, batches, args.num, args.batch_size, recipe, names)
     elif RANK == 0:
         num_batches = math.ceil(args.num / args.batch_size)
-        made = tqdm(batches(range(args.num)), "sampling", num_batches, mininterval=TICK)
+        made = progress_bar(batches(range(args.num)), "sampling", num_batches)
         save_grid(args.out, np.concatenate([images for _, images in made]))
     if WORLD_SIZE > 1:
         dist.destroy_process_group()

@@ -32,14 +32,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import sample
 from model import (
     CONSISTENCY_WEIGHTS, MASKS, NETWORK, NOISE, OBJECTIVES, P_MEAN, P_STD, Denoiser, ModelConfig,
     Muon, distill_targets, find_checkpoint, fisher_information, load_checkpoint, load_what_fits,
     make_mask, normalised, objective, patchify, previous, save_checkpoint, sigma_of)
-from prepare_data import TICK, Images, Parser, check, on_stop_signals, run_script, say
+from prepare_data import (
+    Images, Parser, check, on_stop_signals, progress_bar, run_script, say)
 from sample import RANK, WORLD_SIZE
 
 # ---- Presets: a network, and what its recipes for the stages (pt: masked, ft: whole images, cm:
@@ -640,8 +640,8 @@ def main(argv):
     log(cfg, step, event="start", config=vars(cfg))
     print0(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M weights on {WORLD_SIZE} x {device}, "
            f"{stream.num_visible} of {config.grid**2} patches visible")
-    bar = tqdm(total=cfg.steps, initial=step, desc=stage_of(cfg), disable=RANK > 0, unit="step",
-               mininterval=TICK)
+    bar = progress_bar(total=cfg.steps, initial=step, desc=stage_of(cfg), disable=RANK > 0,
+                       unit="step")
     loader, pending = start_loader(stream, step, device)
     first_step = step
     seconds = 0.0  # of training, without reports
