@@ -6,14 +6,16 @@ python fid.py data/faces --stats faces.npz                      # mu and sigma, 
 python fid.py data/faces out/samples.npz --features random      # offline; not to be called FID
 python fid.py data/old,data/new out/ft.pt --metrics bpd         # losses by noise level, bits/dim
 
-A source is a prepared folder, a folder or archive of images, an .npz of images (arr_0) or of
-statistics (mu, sigma), or a checkpoint (.pt). Features and resize are those of pytorch-fid.
+A source is a prepared folder (its training images; data/faces/val.npy are those held out), a
+folder or archive of images, an .npz of images (arr_0) or of statistics (mu, sigma), or a checkpoint
+(.pt). Features and resize are those of pytorch-fid.
 """
 
 import hashlib
 import json
 import math
 import os
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
@@ -22,15 +24,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 import prepare_data
 import sample
-from model import check_noise, denoising_loss, noised, replace_file
+from model import check_noise, check_writable, denoising_loss, noised, replace_file
 from prepare_data import Images, Parser, check, progress_bar, run_script, say
-from sample import RANK, WORLD_SIZE
 
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")
@@ -38,7 +38,6 @@ WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129
 
 # ---- Inception v3, the 2015-12-05 graph of the FID paper. Names are those of torchvision and of
 # the public weight file; the pooling differs from torchvision's. Comments give the image side.
-
 avg_pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 max_pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 halve = partial(F.max_pool2d, kernel_size=3, stride=2)
@@ -48,32 +47,34 @@ class Conv(nn.Module):
 
     def __init__(self, c_in, c_out, kernel, stride=1, padding="same"):
         super().__init__()
+        if stride == 2:
+            padding = 0
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=0.001)
 
     def forward(self, x):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
-def half_conv(c_in, c_out):
-    return Conv(c_in, c_out, 3, stride=2, padding=0)
-
 class Mixed(nn.Module):
-    """Branches side by side, each a list of convolutions, whose names end in _1, _2, ... if there
-    are several. A pair of them runs in parallel (a, b). branch_pool begins with the pool."""
+    """Branches side by side, each a list of convolutions (channels out, kernel[, stride]), whose
+    names end in _1, _2, ... if there are several. Two in a list run in parallel, as a and b.
+    branch_pool begins with the pool."""
 
-    def __init__(self, pool, **branches):
+    def __init__(self, c_in, pool, **branches):
         super().__init__()
         self.pool = pool
         self.branches = {}  # name: its steps, each a list of convolutions that run in parallel
         for name, convs in branches.items():
+            c = c_in
             steps = []
             for i, conv in enumerate(convs, start=1):
                 key = f"{name}_{i}" if len(convs) > 1 else name
                 parallel = {key: conv}
-                if isinstance(conv, tuple):
+                if isinstance(conv, list):
                     parallel = {f"{key}a": conv[0], f"{key}b": conv[1]}
-                for part, module in parallel.items():
-                    self.add_module(part, module)
+                for part, shape in parallel.items():
+                    self.add_module(part, Conv(c, *shape))
+                c = shape[0]
                 steps.append(list(parallel))
             self.branches[name] = steps
 
@@ -88,78 +89,70 @@ class Mixed(nn.Module):
 
 def inception_a(c_in, pool_features):  # 35
     return Mixed(
-        avg_pool,
-        branch1x1=[Conv(c_in, 64, 1)],
-        branch5x5=[Conv(c_in, 48, 1), Conv(48, 64, 5)],
-        branch3x3dbl=[Conv(c_in, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3)],
-        branch_pool=[Conv(c_in, pool_features, 1)])
+        c_in, avg_pool,
+        branch1x1=[(64, 1)],
+        branch5x5=[(48, 1), (64, 5)],
+        branch3x3dbl=[(64, 1), (96, 3), (96, 3)],
+        branch_pool=[(pool_features, 1)])
 
 def inception_b(c_in):  # 35 -> 17
     return Mixed(
-        halve,
-        branch3x3=[half_conv(c_in, 384)],
-        branch3x3dbl=[Conv(c_in, 64, 1), Conv(64, 96, 3), half_conv(96, 96)],
+        c_in, halve,
+        branch3x3=[(384, 3, 2)],
+        branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)],
         branch_pool=[])
 
 def inception_c(c_in, c):  # 17
     return Mixed(
-        avg_pool,
-        branch1x1=[Conv(c_in, 192, 1)],
-        branch7x7=[Conv(c_in, c, 1), Conv(c, c, (1, 7)), Conv(c, 192, (7, 1))],
-        branch7x7dbl=[Conv(c_in, c, 1), Conv(c, c, (7, 1)), Conv(c, c, (1, 7)),
-                      Conv(c, c, (7, 1)), Conv(c, 192, (1, 7))],
-        branch_pool=[Conv(c_in, 192, 1)])
+        c_in, avg_pool,
+        branch1x1=[(192, 1)],
+        branch7x7=[(c, 1), (c, (1, 7)), (192, (7, 1))],
+        branch7x7dbl=[(c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))],
+        branch_pool=[(192, 1)])
 
 def inception_d(c_in):  # 17 -> 8
     return Mixed(
-        halve,
-        branch3x3=[Conv(c_in, 192, 1), half_conv(192, 320)],
-        branch7x7x3=[Conv(c_in, 192, 1), Conv(192, 192, (1, 7)), Conv(192, 192, (7, 1)),
-                     half_conv(192, 192)],
+        c_in, halve,
+        branch3x3=[(192, 1), (320, 3, 2)],
+        branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)],
         branch_pool=[])
 
 def inception_e(c_in, pool):  # 8
-    def fork():
-        return Conv(384, 384, (1, 3)), Conv(384, 384, (3, 1))
-
+    fork = [(384, (1, 3)), (384, (3, 1))]
     return Mixed(
-        pool,
-        branch1x1=[Conv(c_in, 320, 1)],
-        branch3x3=[Conv(c_in, 384, 1), fork()],
-        branch3x3dbl=[Conv(c_in, 448, 1), Conv(448, 384, 3), fork()],
-        branch_pool=[Conv(c_in, 192, 1)])
+        c_in, pool,
+        branch1x1=[(320, 1)],
+        branch3x3=[(384, 1), fork],
+        branch3x3dbl=[(448, 1), (384, 3), fork],
+        branch_pool=[(192, 1)])
 
-class Inception(nn.Module):
+class Inception(nn.Sequential):
     def __init__(self):
-        super().__init__()
-        self.Conv2d_1a_3x3 = half_conv(3, 32)
-        self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding=0)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
-        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=0)
-        self.Mixed_5b = inception_a(192, 32)
-        self.Mixed_5c = inception_a(256, 64)
-        self.Mixed_5d = inception_a(288, 64)
-        self.Mixed_6a = inception_b(288)
-        self.Mixed_6b = inception_c(768, 128)
-        self.Mixed_6c = inception_c(768, 160)
-        self.Mixed_6d = inception_c(768, 160)
-        self.Mixed_6e = inception_c(768, 192)
-        self.Mixed_7a = inception_d(768)
-        self.Mixed_7b = inception_e(1280, avg_pool)
-        self.Mixed_7c = inception_e(2048, max_pool)
-        self.fc = nn.Linear(2048, 1008)  # in the weight file, but not part of the FID
+        super().__init__(OrderedDict(
+            Conv2d_1a_3x3=Conv(3, 32, 3, 2),
+            Conv2d_2a_3x3=Conv(32, 32, 3, padding=0),
+            Conv2d_2b_3x3=Conv(32, 64, 3),
+            pool1=nn.MaxPool2d(3, 2),
+            Conv2d_3b_1x1=Conv(64, 80, 1),
+            Conv2d_4a_3x3=Conv(80, 192, 3, padding=0),
+            pool2=nn.MaxPool2d(3, 2),
+            Mixed_5b=inception_a(192, 32),
+            Mixed_5c=inception_a(256, 64),
+            Mixed_5d=inception_a(288, 64),
+            Mixed_6a=inception_b(288),
+            Mixed_6b=inception_c(768, 128),
+            Mixed_6c=inception_c(768, 160),
+            Mixed_6d=inception_c(768, 160),
+            Mixed_6e=inception_c(768, 192),
+            Mixed_7a=inception_d(768),
+            Mixed_7b=inception_e(1280, avg_pool),
+            Mixed_7c=inception_e(2048, max_pool)))
 
     def forward(self, x):
         """uint8 (B, 3, H, W) -> features (B, 2048)."""
         x = F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False)
-        x = (2 * x - 1).to(self.fc.weight.dtype)
-        for name, layer in self.named_children():
-            if name in ("Conv2d_3b_1x1", "Mixed_5b"):
-                x = halve(x)
-            if name != "fc":
-                x = layer(x)
-        return x.mean((2, 3))
+        x = (2 * x - 1).to(next(self.parameters()).dtype)
+        return super().forward(x).mean((2, 3))
 
 def random_weights(net):
     """He-normal convolutions, drawn by numpy, whose streams do not change."""
@@ -178,7 +171,9 @@ def load_public_weights(net, path):
         if not os.path.exists(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             torch.hub.download_url_to_file(WEIGHTS_URL, path, WEIGHTS_SHA256)  # all or nothing
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        weights = torch.load(path, "cpu", weights_only=True)
+        del weights["fc.weight"], weights["fc.bias"]  # of the classifier
+        net.load_state_dict(weights)
     except Exception as error:  # noqa: BLE001 (the network, the disk, the file's bytes)
         check(False, f"no Inception weights at {path} ({error!r:.200}): get {WEIGHTS_URL} and put "
               "it there or name it with --weights; --features random works offline")
@@ -206,7 +201,6 @@ def load_features(args):
     return net, identity
 
 # ---- Sources: images, or what is known of them.
-
 @dataclass
 class Source:
     path: str
@@ -229,9 +223,9 @@ def open_source(path, args, temp_dir):
     return image_source(path, args, temp_dir)
 
 def checkpoint_source(path, args):
-    denoiser, checkpoint = sample.load_denoiser(path, args.ckpt_weights, args.device)
+    denoiser, checkpoint = sample.load_denoiser(path, device=args.device)
     settings = sample.sampling_settings(args, denoiser, checkpoint)
-    about = dict(step=checkpoint["step"], weights=args.ckpt_weights, **settings)
+    about = dict(step=checkpoint["step"], **settings)
 
     def images(numbers):
         for _, batch in sample.generate(denoiser, numbers, batch_size=args.batch_size, **settings):
@@ -240,28 +234,26 @@ def checkpoint_source(path, args):
     return Source(path, about, args.num or 10_000, images)
 
 def statistics_source(path, arrays):
-    """mu and sigma; ADM's reference batches also hold some images."""
+    """mu and sigma; ADM's reference batches also hold some images, for KID and precision."""
     mu = np.float64(arrays["mu"])
     sigma = np.float64(arrays["sigma"])
     check(sigma.shape == 2 * mu.shape and np.isfinite(sigma).all(),
           f"{path}: mu {mu.shape} and sigma {sigma.shape} are no statistics, or not finite")
     net = str(arrays.get("net", "fid unknown"))
-    source = Source(path, dict(kind="statistics"), int(arrays.get("n", 0)), None, mu, sigma, net)
+    num = int(arrays.get("n", 0))
+    images = None
     if "arr_0" in arrays:
         pixels = arrays["arr_0"]
-        source.num = len(pixels)
-        source.images = lambda numbers: (pixels[i] for i in numbers)
-        source.about["kind"] = "statistics for FID, images for KID, precision and recall"
-    return source
+        num = len(pixels)
+        images = lambda numbers: (pixels[i] for i in numbers)
+    return Source(path, dict(kind="statistics"), num, images, mu, sigma, net)
 
 def image_source(path, args, temp_dir):
     if os.path.exists(f"{path}/train.npy"):
-        pixels, _, meta = prepare_data.open_folder(path, args.split)
+        pixels, _, _ = prepare_data.open_folder(path)
         found = prepare_data.Source(range(len(pixels)), pixels.__getitem__)
-        about = dict(split=args.split, data_hash=meta["hash"])
     else:
         found = prepare_data.open_source(path, temp_dir)
-        about = dict(kind="images")
     total = len(found.names)
     num = min(total, args.num or total)
 
@@ -273,29 +265,21 @@ def image_source(path, args, temp_dir):
         rejected = decoder.rejected
         check(not rejected, f"{path}: cannot read {rejected[:9]}: mend or remove it")
 
-    return Source(path, about, num, images)
+    return Source(path, dict(kind="images"), num, images)
 
 # ---- One pass over the images. For the Frechet distance alone, memory does not grow with them.
-
 def measure(source, net, identity, args):
-    """Fill in a source's statistics. Rank r measures the images r, r + WORLD_SIZE, ..."""
-    numbers = range(RANK, source.num, WORLD_SIZE)
-    images = progress_bar(source.images(numbers), source.path, len(numbers), unit="image",
-                          disable=RANK > 0)
+    """Fill in a source's statistics."""
     moments = 0  # sum of (y, 1) (y, 1)^T over the features y: products, sums and their number
     kept = []
-    for _, same_size in groupby(images, key=np.shape):
-        while batch := list(islice(same_size, args.batch_size)):
-            y = extract(net, batch, source.path, args.device)
+    stream = progress_bar(source.images(range(source.num)), source.path, source.num)
+    for _, same_size in groupby(stream, key=np.shape):
+        while images := list(islice(same_size, args.batch_size)):
+            y = extract(net, images, source.path, args.device)
             if args.keep:
                 kept.append(y)
             y = F.pad(y.double(), (0, 1), value=1.0)
             moments += y.T @ y
-    parts = [(moments, kept)]
-    if WORLD_SIZE > 1:
-        parts *= WORLD_SIZE
-        dist.all_gather_object(parts, parts[0])
-    moments = sum(part[0] for part in parts)
     num = moments[-1, -1]
     if source.mu is None:
         mean = moments[-1, :-1] / num
@@ -305,15 +289,13 @@ def measure(source, net, identity, args):
         source.net = identity
     source.num = int(num)
     if args.keep:
-        source.features = torch.empty(source.num, len(source.mu))
-        for rank, (_, kept) in enumerate(parts):
-            source.features[rank::WORLD_SIZE] = torch.cat(kept)
+        source.features = torch.cat(kept)
 
 @torch.inference_mode()
 def extract(net, images, path, device):
     """Features (B, D) of images uint8 (H, W, C) of one size, on the CPU."""
-    check(images[0].dtype == np.uint8, f"{path} holds latents: decode them first")
     x = torch.from_numpy(np.stack(images)).to(device)
+    check(x.dtype == torch.uint8, f"{path} holds latents: decode them first")
     x = x.expand(-1, -1, -1, 3).permute(0, 3, 1, 2)  # grey as colour; (B, 3, H, W)
     y = net(x).float().cpu()
     check(y.dim() == 2 and y.isfinite().all(), f"{path}: the features of {len(x)} images are "
@@ -321,7 +303,6 @@ def extract(net, images, path, device):
     return y
 
 # ---- Distances.
-
 def matrix_factor(sigma):
     """A with A A^T = sigma, without the directions of no variance."""
     values, vectors = torch.linalg.eigh(torch.from_numpy(sigma))
@@ -339,15 +320,13 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def mmd(x, y):
     """Unbiased squared maximum mean discrepancy with kernel (x.y / D + 1)^3."""
-
-    def kernel(a, b):
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def mean_off_diagonal(k):
-        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
-
-    within = mean_off_diagonal(kernel(x, x)) + mean_off_diagonal(kernel(y, y))
-    return (within - 2 * kernel(x, y).mean()).item()
+    z = torch.cat([x, y])
+    kernel = (z @ z.T / z.shape[1] + 1) ** 3
+    n = len(x)
+    discrepancy = -2 * kernel[:n, n:].mean()
+    for k in kernel[:n, :n], kernel[n:, n:]:
+        discrepancy += (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
+    return discrepancy.item()
 
 def kid(x, y, subsets=100, size=1000, seed=0):
     """Kernel distance (Binkowski et al. 2018): mean and deviation over subsets (torch-fidelity)."""
@@ -372,11 +351,9 @@ def share_covered(x, y, k):
 
 def precision_recall(real, fake, k=3):
     """Precision and recall in the space of features (Kynkaanniemi et al. 2019)."""
-    check(min(len(real), len(fake)) > k, f"precision and recall need more than {k} images")
     return {"precision": share_covered(fake, real, k), "recall": share_covered(real, fake, k)}
 
 # ---- Bits per dimension.
-
 SIGMA_MIN = 0.0013  # the decoder costs 0.01 bit; at the sampler's 0.002 it would cost 0.19
 SIGMA_MAX = 80.0
 BINS = 10  # of ln sigma, by which losses are reported
@@ -419,27 +396,20 @@ def bits_per_dim(folder, denoiser, class_names, args):
     validation images of a prepared set."""
     config = denoiser.config
     images = Images(folder, "val", config.patch_size, class_names)
-    form = (images.meta["size"], images.meta["channels"], images.meta["dtype"])
-    expected = (config.image_size, config.channels, "uint8")
-    known = images.meta["class_names"] == class_names or not class_names
-    check(form == expected and known, f"{folder} holds {form}, but the model needs {expected} and "
-          f"no classes but {class_names}")
+    check(images.meta["dtype"] == "uint8", f"{folder} holds latents: bits are for 8-bit images")
     generator = sample.seeded(args.seed, 7)
     num = min(len(images), args.num or 512)
-    bits = []
-    losses = []
+    results = []
     for start in range(0, num, 32):
         index = np.arange(start, min(start + 32, num))
         values = torch.from_numpy(images.read(index, None, np.zeros(len(index), bool)))
         labels = torch.from_numpy(images.labels[index]).to(args.device)
         denoise = partial(denoiser, labels=labels)
-        result = variational_bound(denoise, values.to(args.device), generator)
-        bits.append(result[0].double())
-        losses.append(result[1].double())
-    bits = torch.cat(bits)
+        results.append(variational_bound(denoise, values.to(args.device), generator))
+    bits, losses = [torch.cat(parts).double() for parts in zip(*results)]
     return dict(
         images=num,
-        loss_by_level=torch.cat(losses).mean(dim=0).tolist(),
+        loss_by_level=losses.mean(dim=0).tolist(),
         ln_sigma=np.linspace(math.log(SIGMA_MIN), math.log(SIGMA_MAX), BINS + 1).tolist(),
         bits_per_dim=bits.mean().item(),
         standard_error=bits.std().item() / math.sqrt(num))
@@ -447,29 +417,28 @@ def bits_per_dim(folder, denoiser, class_names, args):
 def report_bits_per_dim(args):
     """A line for each set, then all results as JSON."""
     check_noise("edm", "--metrics bpd")
-    denoiser, checkpoint = sample.load_denoiser(args.b, args.ckpt_weights, args.device)
+    denoiser, checkpoint = sample.load_denoiser(args.b, device=args.device)
     class_names = checkpoint["class_names"] if denoiser.config.num_classes else []
     results = {}
     for folder in args.a.split(","):
-        result = bits_per_dim(folder, denoiser, class_names, args)
-        print(f"{folder}: {result['bits_per_dim']:.4f} ± {result['standard_error']:.4f} bits per "
-              "dimension", flush=True)
-        results[folder] = result
+        results[folder] = result = bits_per_dim(folder, denoiser, class_names, args)
+        bits, error = result["bits_per_dim"], result["standard_error"]
+        print(f"{folder}: {bits:.4f} ± {error:.4f} bits per dimension", flush=True)
     print(json.dumps(results))
 
 # ---- The command line.
-
 LABELS = {"fid": "FID", "random_fd": "random-feature FD", "fd": "FD in TorchScript features"}
 
 def protocol(sources, args):
     """(key of LABELS, how the figures came about and what makes them doubtful)."""
     keys, digests = zip(*[source.net.split() for source in sources])
     widths = {len(source.mu) for source in sources}
-    alike = len(set(keys)) == 1 and len(widths) == 1 and len(set(digests) - {"unknown"}) <= 1
-    check(alike, f"the features differ: {keys} {digests}, {widths} values; use the same --features")
+    nets = {source.net for source in sources} - {"fid unknown"}
+    check(len(set(keys)) == len(widths) == 1 and len(nets) <= 1, f"the features differ: {keys} "
+          f"{digests}, {widths} values; use the same --features")
     warnings = [f"{source.path} has only {source.num} images: this biases all figures"
                 for source in sources if 0 < source.num < max(2048, *widths)]
-    if keys[0] == "fid" and set(digests) != {WEIGHTS_SHA256}:
+    if nets != {f"fid {WEIGHTS_SHA256}"} and keys[0] == "fid":
         warnings.append("not all Inception weights are known to be the public ones")
     resize = "299x299 bilinear, antialias=False, align_corners=False"
     about = dict(
@@ -483,7 +452,7 @@ def protocol(sources, args):
     return keys[0], about
 
 def main(argv=None):
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("a", metavar="A", help="the reference")
     parser.add_argument("b", metavar="B", nargs="?", help="what is judged; not needed with --stats")
     add = parser.add
@@ -493,9 +462,7 @@ def main(argv=None):
     add("kid_size", 1000, "images in each of KID's 100 subsets", low=2)
     add("num", None, "images of each source, evenly spaced; None = all, of a checkpoint 10,000",
         int, low=2)
-    add("split", "train", "which part of a prepared folder", choices=("train", "val"))
     add("json", False, "print one JSON object as the last line")
-    add("ckpt_weights", "ema", "which weights of a checkpoint", choices=sample.WEIGHTS)
     add("stats", None, "save mu and sigma of A in this .npz")
     sample.add_flags(parser, batch_size=32)
     args = parser.parse_args(argv)
@@ -503,17 +470,16 @@ def main(argv=None):
     check(metrics <= {"fid", "kid", "pr"} or metrics == {"bpd"},
           f"--metrics {args.metrics}: expected some of fid,kid,pr, or only bpd")
     check(args.b or args.stats, f"{args.a} is only one source: name a second, or give --stats")
+    if args.stats:
+        check_writable(args.stats)
     args.keep = bool({"kid", "pr"} & metrics)
     args.device = sample.pick_device(args.device)
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     if metrics == {"bpd"}:
-        if RANK == 0:
-            report_bits_per_dim(args)
+        report_bits_per_dim(args)
         return
-    if WORLD_SIZE > 1:
-        dist.init_process_group("gloo")  # only results are exchanged
     with TemporaryDirectory() as temp_dir:
         sources = [open_source(path, args, temp_dir) for path in (args.a, args.b) if path]
         check(not args.keep or all(source.images for source in sources),
@@ -526,14 +492,8 @@ def main(argv=None):
             net, identity = load_features(args)
         for source in unknown:
             measure(source, net, identity, args)
-    if WORLD_SIZE > 1:
-        dist.barrier()
-        dist.destroy_process_group()  # or its threads may abort the process at its end
-    if RANK > 0:
-        return
     key, about = protocol(sources, args)
-    for name, value in about.items():
-        say(f"{name}: {value}")
+    say(json.dumps(about, indent=1))
     a, b = sources[0], sources[-1]
     results = {}
     if "fid" in metrics and args.b:

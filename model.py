@@ -8,9 +8,9 @@ Symbols: B batch, C channels, H = W image side, p patch side, N = (H/p)^2, K vis
 
 import math
 import os
-import warnings
+import sys
 import zipfile
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -56,12 +56,11 @@ class ModelConfig:
         check(self.image_size % self.patch_size == 0, f"image size {self.image_size} is not "
               f"divisible by patch_size {self.patch_size}: choose another patch_size")
         if self.route:
-            valid = len(self.route) == 2 and self.route[0] < self.route[1] <= self.depth
+            valid = len(self.route) == 2 and 0 <= self.route[0] < self.route[1] <= self.depth
             check(valid and not self.decoder_depth, f"route is {self.route}, expected A < B <= "
                   f"depth {self.depth}, and no decoder")
 
 # ---- Patches and masks.
-
 def patchify(images, patch_size):
     """(B, H, W, C) -> (B, N, p*p*C), patches in row-major order."""
     p = patch_size
@@ -144,7 +143,6 @@ def scatter_tokens(tokens, visible, others):
     return others.scatter(1, index, tokens)
 
 # ---- The network (DiT with adaLN-Zero), on whatever tokens it is given.
-
 def sincos_positions(grid, dim):
     """Fixed 2-D sine-cosine positions (grid*grid, dim): half of the channels for the row."""
     freq = 10000.0 ** -(np.arange(dim // 4) / (dim // 4))
@@ -231,9 +229,8 @@ class DiT(nn.Module):
             nn.Linear(c.dim, c.dim),
             nn.SiLU(),
             nn.Linear(c.dim, c.dim))
-        self.label_embed = None
-        if c.num_classes:
-            self.label_embed = nn.Embedding(c.num_classes + 1, c.dim)  # the last row is "no class"
+        # The last row is "no class".
+        self.label_embed = nn.Embedding(c.num_classes + 1, c.dim) if c.num_classes else None
         self.blocks = nn.ModuleList(
             Block(c.dim, c.heads, c.dim) for _ in range(c.depth))
         self.decoder = None
@@ -317,7 +314,6 @@ class DiT(nn.Module):
         return run_blocks(self.decoder, x, cond)
 
 # ---- The noise model, EDM: all that knows how noise is added. Another one changes this section.
-
 # Checkpoints say with which noise model and which network they were trained. Change the name when
 # you change the code behind it: old checkpoints then stop with a sentence, not with wrong results.
 NOISE = "edm"
@@ -376,14 +372,6 @@ class Denoiser(nn.Module):
         self.config = config
         self.net = DiT(config)
 
-    def matrices(self):
-        """The weights that Muon may take: those of the blocks, by module and not by name."""
-        weights = set()
-        for module in self.modules():
-            if isinstance(module, Block):
-                weights.update(module.matrices())
-        return weights
-
     def forward(self, x, sigma, visible=None, labels=None):
         sd = SIGMA_DATA
         s = sigma.view(-1, 1, 1)
@@ -397,7 +385,6 @@ class Denoiser(nn.Module):
         return c_skip * x + c_out * out.to(x.dtype)
 
 # ---- Losses: functions of tensors that draw nothing themselves.
-
 def reconstruction_loss(denoised, noisy, visible):
     """Error of each image over its masked patches, (B,) (MaskDiT sec. 3.3).
     denoised, noisy (B, N, p*p*C), visible (B, K), K < N. The target is the noisy patch, normalised
@@ -409,29 +396,22 @@ def reconstruction_loss(denoised, noisy, visible):
     num_hidden = error.shape[1] - visible.shape[1]
     return error.scatter(1, visible, 0).sum(dim=1) / num_hidden
 
-def consistency_step(t, stage, q=2.0, k=8.0, b=1.0):
+def consistency_step(t, stage, q=2.0, k=8.0):
     """The lower noise level r of each pair (t, r), 0 <= r < t (ECT eq. 16; k = 0: the constant).
     t (B,); the two levels approach each other from stage to stage, 0, 1, 2, ..."""
-    gap = q ** -(stage + 1.0) * (1 + k * torch.sigmoid(-b * t))  # 1 - r/t
+    gap = q ** -(stage + 1.0) * (1 + k * torch.sigmoid(-t))  # 1 - r/t
     return (t * (1 - gap)).clamp_min(0)
 
-def posterior_mean(x, clean, sigma, references, allowed=None, visible=None):
-    """Mean of the images that may lie behind x, (B, K, d) (STF, arXiv 2302.00670, eq. 6; SCT).
+def posterior_mean(x, clean, sigma, references, allowed=None):
+    """Mean of the images that may lie behind x, (B, N, d) (STF, arXiv 2302.00670, eq. 6; SCT).
     sum_i a_i y_i over y itself (clean) and R references, a = softmax(-|x - y_i|^2 / (2 sigma^2)).
-    x, clean (B, K, d) and sigma (B,); references (R, N, d), of which image j sees the patches
-    visible[j] (None: all), and, with allowed (B, R) bool, only the references allowed[j]."""
+    x, clean (B, N, d) and sigma (B,); references (R, N, d), of which, with allowed (B, R) bool,
+    image j sees allowed[j]."""
     with torch.autocast(x.device.type, enabled=False):  # small differences of large numbers
         refs = references.flatten(1)  # (R, N*d)
-        if visible is None:
-            product = x.flatten(1) @ refs.T
-            square = refs.square().sum(dim=1)
-        else:  # hidden patches count as zero in both
-            blank = x.new_zeros(len(x), *references.shape[1:])
-            product = scatter_tokens(x, visible, blank).flatten(1) @ refs.T
-            seen = scatter_tokens(torch.ones_like(x), visible, blank).flatten(1)
-            square = seen @ refs.square().T
         own_square = x.square().sum(dim=(1, 2))
-        distance = own_square[:, None] - 2 * product + square  # (B, R)
+        product = x.flatten(1) @ refs.T  # (B, R)
+        distance = own_square[:, None] - 2 * product + refs.square().sum(dim=1)
         own_distance = (x - clean).square().sum(dim=(1, 2))
         distance = torch.cat([own_distance[:, None], distance], dim=1)
         logits = -distance / (2 * sigma[:, None] ** 2)
@@ -439,8 +419,7 @@ def posterior_mean(x, clean, sigma, references, allowed=None, visible=None):
             logits[:, 1:].masked_fill_(~allowed, -math.inf)
         weights = logits.softmax(dim=1)  # (B, 1 + R)
         mean = weights[:, 1:] @ refs
-    mean = mean.view(len(x), *references.shape[1:])
-    return weights[:, :1, None] * clean + gather_tokens(mean, visible)
+    return weights[:, :1, None] * clean + mean.view_as(x)
 
 CONSISTENCY_WEIGHTS = {  # of a pair (t, r)
     "gap": lambda t, r: 1 / (t - r),
@@ -456,7 +435,6 @@ def consistency_loss(f_t, target, t, r, c=0.0, weight="gap"):
     return distance * CONSISTENCY_WEIGHTS[weight](t, r)
 
 # ---- Objectives: the losses of each image, by name. Their sum is trained, each of them is logged.
-
 def objective(model, batch, cfg, step):
     """The losses of the images of a batch at a step, {name: (b,)}, weighted so as to be summed.
     batch: clean, noise (b, K, d), sigma (b,); if patches are hidden visible (b, K); with classes
@@ -492,14 +470,11 @@ def consistency_objective(model, batch, cfg, step):
     r = consistency_step(t, stage, cfg.cm_q)
     endpoint = clean  # where the ODE leads, judged by this image alone
     if "references" in batch:
-        references = batch["references"]
         allowed = None
         if labels is not None:
             own = labels[:, None]
             allowed = (own == batch["reference_labels"]) | (own == -1)
-        takes_all = x_t.shape[1] == references.shape[1]
-        seen = None if takes_all else visible
-        endpoint = posterior_mean(x_t, clean, t, references, allowed, seen)
+        endpoint = posterior_mean(x_t, clean, t, batch["references"], allowed)
     step_size = (r - t) / t
     x_r = x_t + step_size.view(-1, 1, 1) * (x_t - endpoint)
     positive = r > 0
@@ -516,7 +491,6 @@ def consistency_objective(model, batch, cfg, step):
 OBJECTIVES = {"diffusion": diffusion_objective, "consistency": consistency_objective}
 
 # ---- Continual learning: how much each weight matters, and what a teacher predicts.
-
 def fisher_information(denoiser, batch, autocast):
     """Diagonal Fisher information of the denoising loss, E (d loss / d weight)^2 (EWC), by name:
     the mean over the whole images of a batch of each one's squared gradient."""
@@ -525,11 +499,10 @@ def fisher_information(denoiser, batch, autocast):
     num_images = len(batch["clean"])
     for i in range(num_images):
         image = {name: tensor[i : i + 1] for name, tensor in batch.items()}
-        x = noised(image["clean"], image["noise"], image["sigma"])
         with autocast:
-            denoised = denoiser(x, image["sigma"], None, image.get("labels"))
-            loss = denoising_loss(denoised, image["clean"], image["sigma"])
-        gradients = torch.autograd.grad(loss.sum(), parameters)
+            losses = diffusion_objective(denoiser, image, None, 0)  # no settings for whole images
+        loss = losses["denoising"].sum()
+        gradients = torch.autograd.grad(loss, parameters)
         torch._foreach_addcmul_(total, gradients, gradients)
     return {name: t / num_images for name, t in zip(names, total)}
 
@@ -548,7 +521,6 @@ def distill_targets(teacher, batch, num_new):
     return torch.cat([clean[:num_new], predicted])
 
 # ---- An optimizer for matrices.
-
 def newton_schulz(x):
     """The singular values of x (n, m), n <= m, moved towards 1 in five iterations, which run on n x
     n matrices."""
@@ -589,7 +561,6 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update, alpha=-rate)
 
 # ---- Checkpoints: one file of tensors and plain values, replaced as a whole or not at all.
-
 def replace_file(path, write, keep=None):
     """write(file) beside `path`, sync, rename; what it replaces gets the name `keep`, if any. When
     the machine stops, one of them is whole."""
@@ -606,6 +577,12 @@ def replace_file(path, write, keep=None):
             os.remove(f"{path}.tmp")
         check(False, f"cannot write {path} ({error}); what was there before is still whole")
 
+def check_writable(path):
+    """Fail before the work whose result is to be written, and not after it."""
+    check(not os.path.isdir(path), f"{path} is a folder, expected the name of a file")
+    with open(f"{path}.tmp", "wb"):
+        os.remove(f"{path}.tmp")
+
 def previous(path):
     """NAME.pt -> NAME.prev.pt, the checkpoint before."""
     return path.removesuffix(".pt") + ".prev.pt"
@@ -618,6 +595,7 @@ RESUMABLE = ("model", "ema", "optimizer", "config", "step")  # what a run needs 
 def load_checkpoint(path, resume=False):
     """Read a checkpoint of train.py onto the CPU. One that was stripped for sharing needs only
     architecture and weights, unless a run is to be resumed from it."""
+    check(os.path.exists(path), f"there is no {path}")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load does not compare the checksums
@@ -626,33 +604,32 @@ def load_checkpoint(path, resume=False):
         architecture = checkpoint["architecture"]
     except Exception as error:  # noqa: BLE001 (the bytes of the file decide which)
         check(False, f"{path} is not a whole checkpoint of train.py ({error!r:.200})")
-    known = {f.name for f in fields(ModelConfig)}
-    different = sorted(architecture.keys() ^ known)
+    different = sorted(architecture.keys() ^ asdict(ModelConfig()).keys())
     check(not different, f"{path} is of another version of this code: {different} of its "
           "architecture are unknown or missing")
-    for name, own in ("noise", NOISE), ("network", NETWORK):
-        found = checkpoint.get(name)
-        check(found == own, f"{path} has {name} {found}, but this code has {own}")
-    missing = [name for name in RESUMABLE if name not in checkpoint]
+    own = dict(noise=NOISE, network=NETWORK)
+    found = {name: checkpoint.get(name) for name in own}
+    check(found == own, f"{path} is for {found}, but this code is for {own}")
+    missing = set(RESUMABLE) - checkpoint.keys()
     check(not (resume and missing), f"{path} has no {missing}: it can't be resumed, but a new run "
           "can start from it with --init_from")
     weights = checkpoint.get("model") or checkpoint.get("ema")
     check(weights, f"{path} has neither model nor ema")
     class_names = [str(i) for i in range(architecture["num_classes"])]
+    # What the file has replaces these defaults.
     return dict(model=weights, ema=weights, config={}, step=0, class_names=class_names) | checkpoint
 
 def find_checkpoint(path):
     """The run at `path` to resume, or the checkpoint before if that is damaged; None if there is
     none."""
-    problems = []
-    for candidate in (path, previous(path)):
-        if os.path.exists(candidate):
-            try:
-                return load_checkpoint(candidate, resume=True)
-            except ValueError as error:
-                warnings.warn(f"{error}; trying the one before")
-                problems.append(error)
-    check(not problems, f"no checkpoint can be resumed: {problems}")
+    candidates = [file for file in (path, previous(path)) if os.path.exists(file)]
+    for file in candidates:
+        try:
+            return load_checkpoint(file, resume=True)
+        except ValueError as error:
+            if file == candidates[-1]:
+                raise
+            print(f"{error}; trying the one before", file=sys.stderr)
     return None
 
 def load_what_fits(denoiser, weights):

@@ -13,7 +13,6 @@ classes also train_labels.npy and val_labels.npy, int64 (N,); and meta.json, whi
 import argparse
 import codecs
 import gzip
-import hashlib
 import json
 import math
 import os
@@ -32,7 +31,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 
 import numpy as np
-from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageOps
 from tqdm import tqdm
 
 def check(condition, message):
@@ -62,12 +61,11 @@ def progress_bar(*args, **how):
     return tqdm(*args, mininterval=30, file=LineWriter(), **how)
 
 # ---- What training reads.
-
 def open_folder(folder, split="train"):
     """One split of a data set: images, memory-mapped (N,H,W,C); labels (N,), -1 = none; meta."""
     try:
-        meta = {"latent": None}  # which old sets of images do not say
-        meta |= json.loads(Path(folder, "meta.json").read_text(encoding="utf-8"))
+        meta = json.loads(Path(folder, "meta.json").read_text(encoding="utf-8"))
+        meta.setdefault("latent", None)  # which sets of older versions do not say
         images = np.load(f"{folder}/{split}.npy", mmap_mode="r")
         labels = np.full(len(images), -1)
         if meta["class_names"]:
@@ -76,12 +74,9 @@ def open_folder(folder, split="train"):
         check(images.shape == shape and images.dtype == meta["dtype"] and len(labels) == shape[0],
               f"{split}.npy is {images.dtype} {images.shape} with {len(labels)} labels")
     except Exception as error:  # noqa: BLE001 (damaged or foreign files can raise anything)
-        check(False, f"{folder} is not a complete data set ({explain(error)}): make it with "
+        check(False, f"{folder} is not a complete data set ({error!r:.300}): make it with "
               f"prepare_data.py SRC --out {folder}")
     return images, labels, meta
-
-def explain(error):
-    return f"{type(error).__name__}: {error}"
 
 class Images:
     """The images of one or several data sets ("data/a,data/b"), as one list.
@@ -95,22 +90,19 @@ class Images:
         self.patch_size = patch_size
         self.arrays = []  # of each folder, (N, H, W, C)
         labels = []
-        metas = []
         names = list(class_names)
+        formats = set()
         for folder in folders.split(","):
             array, own_labels, meta = open_folder(folder, split)
-            united = {-1: -1}  # label in this folder -> label in the union
-            for label, name in enumerate(meta["class_names"] or []):
-                if name not in names:
-                    names.append(name)
-                united[label] = names.index(name)
-            labels += [united[label] for label in own_labels.tolist()]
+            own_names = meta["class_names"] or []
+            names += [name for name in own_names if name not in names]
+            united = [names.index(name) for name in own_names] + [-1]  # the last one is for -1
+            labels += [united[label] for label in own_labels]
             self.arrays.append(array)
-            metas.append(meta)
-        formats = {(meta["size"], meta["channels"], meta["dtype"]) for meta in metas}
+            formats.add((meta["size"], meta["channels"], meta["dtype"]))
         check(len(formats) == 1, f"{folders} hold images of {formats}: prepare them alike")
         self.labels = np.array(labels, np.int64)
-        self.meta = metas[0] | {"class_names": names or None}
+        self.meta = meta | {"class_names": names or None}
 
     def __len__(self):
         return len(self.labels)
@@ -125,7 +117,7 @@ class Images:
         grid = self.meta["size"] // p  # patches per side
         if visible is None:
             visible = np.tile(np.arange(grid**2), (len(index), 1))
-        row, col = visible // grid, visible % grid
+        row, col = np.divmod(visible, grid)
         col = np.where(flip[:, None], grid - 1 - col, col)
         out = np.empty((*visible.shape, p, p, c), self.meta["dtype"])
         start = 0
@@ -138,7 +130,6 @@ class Images:
         return out.reshape(*visible.shape, p * p * c)
 
 # ---- Sources: images that are not decoded yet.
-
 # names: of each image, for messages. load: number -> path of a file, or array (H, W, C).
 # classes: the class of each image, "" = none. class_names: their order, if the source has one.
 # num_val: so many at the end are validation images by their origin.
@@ -146,7 +137,7 @@ Source = namedtuple("Source", "names load classes class_names num_val size chann
                     defaults=(None, None, 0, 64, 3, "uint8"))
 
 def open_source(src, temp_dir, labels=None):
-    """Find the images of a folder or a file. An archive is unpacked into a new folder in temp_dir."""
+    """Find the images of a folder or a file. An archive is unpacked into a folder in temp_dir."""
     check(os.path.exists(src), f"there is no {src}")
     try:
         if src.endswith((".npy", ".npz")):
@@ -167,7 +158,7 @@ def open_source(src, temp_dir, labels=None):
     except ValueError as error:
         check(False, f"{src}: {error}")
     except Exception as error:  # noqa: BLE001 (a damaged archive can raise nearly anything)
-        check(False, f"cannot read {src} ({explain(error)}): expected a folder, or a complete "
+        check(False, f"cannot read {src} ({error!r:.300}): expected a folder, or a complete "
               ".zip, .tar(.gz), .npz or .npy")
 
 def list_files(root):
@@ -175,14 +166,13 @@ def list_files(root):
     paths = []
     visited = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders.sort()
         if os.path.realpath(folder) in visited:
-            subfolders.clear()  # the link `folder` leads back up
-        else:
-            visited.add(os.path.realpath(folder))
-            paths += [os.path.relpath(f"{folder}/{name}", root) for name in names]
-    paths = [path.replace(os.sep, "/") for path in sorted(paths)]
-    return [path for path in paths if not re.search(r"(^|/)(\.|@|__)", path)]
+            subfolders.clear()  # a link that leads back up
+            continue
+        visited.add(os.path.realpath(folder))
+        subfolders.sort()
+        paths += [Path(folder, name).relative_to(root).as_posix() for name in names]
+    return [path for path in sorted(paths) if not re.search(r"(^|/)(\.|@|__)", path)]
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 # trainA, test2017, val_64, testset and dev, but neither trains nor valley nor device
@@ -216,10 +206,9 @@ def file_source(root, paths):
     train_has_classes = any(c for c, split in zip(classes, splits) if split == "train")
     rows = []
     for split, image, name in zip(splits, images, classes):
-        if split == "test":
-            left_out["test images"] += 1
-        elif split == "val" and train_has_classes and not name:
-            left_out["val images without a class"] += 1
+        without_class = split == "val" and train_has_classes and not name
+        if split == "test" or without_class:
+            left_out[f"{split} images"] += 1
         else:
             rows.append((split, image, name))
     say(f"left out: {dict(left_out) or 'nothing'}")
@@ -233,17 +222,15 @@ def file_source(root, paths):
 def dataset_json(root, paths, images):
     """Classes of the images by EDM's dataset.json, {"labels": [["00000/img.png", 3], ...]}, or null
     for none. None if there is no such file, or if it is about something else."""
-    tables = [path for path in paths if os.path.basename(path) == "dataset.json"]
-    if not tables:
+    if "dataset.json" not in paths:
         return None
-    table = min(tables, key=len)  # the one at the top
-    folder = table.removesuffix("dataset.json")
     try:
-        rows = dict(json.loads(Path(root, table).read_text(encoding="utf-8"))["labels"] or {})
+        text = Path(root, "dataset.json").read_text(encoding="utf-8")
+        rows = dict(json.loads(text)["labels"] or {})
     except (LookupError, TypeError, ValueError):
         return None
-    labels = {folder + name: str(label) for name, label in rows.items() if label not in (None, -1)}
-    if labels and not any(image in labels for image in images):
+    labels = {name: str(label) for name, label in rows.items() if label not in (None, -1)}
+    if labels and labels.keys().isdisjoint(images):
         return None
     return [labels.get(image, "") for image in images]
 
@@ -305,13 +292,10 @@ def idx_arrays(root, paths):
 class SafeUnpickler(pickle.Unpickler):
     """Unpickles arrays and nothing else, as other pickles can run any program."""
 
-    ALLOWED = (np.ndarray, np.dtype, codecs.encode, np.zeros(1).__reduce_ex__(2)[0])
+    PARTS = (np.ndarray, np.dtype, codecs.encode, np.zeros(1).__reduce_ex__(2)[0])
 
     def find_class(self, module, name):
-        for allowed in self.ALLOWED:
-            if allowed.__name__ == name:
-                return allowed
-        raise pickle.UnpicklingError(f"{module}.{name} is not part of an array")
+        return {part.__name__: part for part in self.PARTS}[name]
 
 def cifar_arrays(root, paths):
     """The python archives of CIFAR-10 and CIFAR-100 (fine classes); test is held out."""
@@ -340,14 +324,13 @@ def array_source(images, labels=None, val_images=(), val_labels=(), class_names=
     items = [*np.asarray(images), *np.asarray(val_images)]
     items = [np.atleast_3d(item) for item in items]  # (H,W,C), views: nothing is read yet
     height, width, channels = items[0].shape
-    dtype = str(items[0].dtype)
-    if dtype.startswith("float") and height == width:
-        dtype = "float32"
-    elif dtype == "uint8" and channels in (1, 3, 4):
+    dtype = items[0].dtype
+    is_image = dtype == np.uint8 and channels in (1, 3, 4)
+    is_latent = dtype.kind == "f" and height == width
+    check(is_image or is_latent, f"it holds {dtype} {np.shape(images)}, expected uint8 (N,H,W,C), "
+          "or float (N,C,S,S) for latents")
+    if is_image:
         channels = min(channels, 3)  # transparency is not kept
-    else:
-        raise ValueError(f"it holds {dtype} {np.shape(images)}, expected uint8 (N,H,W,C) for "
-                         "images, or float (N,C,S,S) for latents")
     classes = [""] * len(items)
     if labels is not None:
         y = np.array([*np.ravel(labels), *np.ravel(val_labels)])
@@ -357,12 +340,11 @@ def array_source(images, labels=None, val_images=(), val_labels=(), class_names=
             class_names = range(max(y) + 1)
         class_names = np.asarray(class_names).astype(str).tolist()  # of bytes or numbers, too
         check(max(y) < len(class_names), f"label {max(y)} has no name in class_names")
-        classes = [class_names[number] if number >= 0 else "" for number in y]
+        classes = [class_names[label] if label >= 0 else "" for label in y]
     return Source(range(len(items)), items.__getitem__, classes, class_names, len(val_images),
-                  min(height, width), channels, dtype)
+                  min(height, width), channels, "uint8" if is_image else "float32")
 
 # ---- The rules of pixels.
-
 # Formats that Pillow decodes by itself; EPS and others would start other programs.
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000")
 
@@ -378,8 +360,6 @@ class Decoder:
 
     size: int = None  # None = of each image
     channels: int = 3
-    fit: str = "crop"
-    background: str = "white"
     grey_range: tuple = None  # black and white of images of more than 8 bits
     grey_values: list = field(default_factory=list)  # smallest and largest of each such image
     extra_frames: list = field(default_factory=list)  # of each file
@@ -393,7 +373,7 @@ class Decoder:
             try:
                 return self.decode(source.load(i))
             except Exception as error:  # noqa: BLE001 (damaged files can raise anything)
-                return explain(error)
+                return repr(error)
 
         numbers = iter(numbers)
         with ThreadPoolExecutor() as pool:
@@ -429,19 +409,15 @@ class Decoder:
             image = Image.fromarray(np.uint8(np.rint(255 * values)))
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, self.background), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
-        side = (self.size, self.size)
-        if self.size and self.fit == "crop":
-            image = ImageOps.fit(image, side, Image.Resampling.LANCZOS)
-        elif self.size:
-            image = ImageOps.pad(image, side, Image.Resampling.LANCZOS, self.background)
+        if self.size:
+            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
         if self.channels == 1:
             return np.asarray(image.convert("L"))[..., None]
         return np.asarray(image)
 
 # ---- The writer.
-
 def choose(source, num=None, classes=None, val_frac=0.05, seed=0):
     """Numbers of the images to hold out and to train on, shuffled by the seed. classes: only these;
     num: so many to train on, as many of each class as possible."""
@@ -488,13 +464,13 @@ def write_set(folder, source, decoder, val, train):
     images = decoder.iter_images(source, progress_bar(val + train, unit=" images"))
     val = write_images(f"{folder}/val.npy", islice(images, len(val)), shape, source.dtype)
     train = write_images(f"{folder}/train.npy", images, shape, source.dtype)
-    rejected = decoder.rejected
-    for name, reason in rejected[:20]:
+    num_rejected = len(decoder.rejected)
+    for name, reason in decoder.rejected[:20]:
         say(f"  rejected {name}: {reason}")
-    say(f"left out: {len(rejected)} images that can't be read, {sum(decoder.extra_frames)} later "
-          "frames")
-    check(train and len(train) >= len(rejected), f"{len(rejected)} images can't be read, more than "
-          "half: is this the right source?")
+    num_frames = sum(decoder.extra_frames)
+    say(f"left out: {num_rejected} images that can't be read, {num_frames} later frames")
+    check(len(train) > num_rejected, f"{num_rejected} images can't be read, as many as can: is "
+          "this the right source?")
 
     class_names = class_order(source, train)
     label = {name: i for i, name in enumerate(class_names)}
@@ -502,8 +478,6 @@ def write_set(folder, source, decoder, val, train):
         labels = [label.get(source.classes[i], -1) for i in numbers]
         if class_names:
             np.save(f"{folder}/{split}_labels.npy", np.array(labels, np.int64))
-    with open(f"{folder}/train.npy", "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     latent = None
     if source.dtype == "float32":
         sample = np.load(f"{folder}/train.npy", mmap_mode="r")[:4096].astype(float)
@@ -514,31 +488,31 @@ def write_set(folder, source, decoder, val, train):
         latent = [mean.tolist(), deviation.tolist()]
     return dict(num_train=len(train), num_val=len(val), size=decoder.size,
                 channels=decoder.channels, dtype=source.dtype, class_names=class_names or None,
-                latent=latent, hash=digest, rejected=len(rejected))
+                latent=latent, rejected=num_rejected)
 
 def class_order(source, train):
     """Print the classes that have training images -> their names in order."""
-    counts = Counter(source.classes[i] for i in train if source.classes[i])
-    example = {source.classes[i]: source.names[i] for i in train}
-    names = sorted(counts)
+    members = {}  # class: its images
+    for i in train:
+        members.setdefault(source.classes[i], []).append(source.names[i])
+    names = sorted(members.keys() - {""})
     if all(name.isdecimal() for name in names):
         names.sort(key=int)
     if source.class_names:
-        names = [name for name in source.class_names if name in counts]
+        names = [name for name in source.class_names if name in members]
     for name in names:
-        say(f"  class {name}: {counts[name]} images, like {example[name]}")
-    if len(names) > 1000 or 0 < len(names) == counts.total():
-        say(f"{len(names)} classes of {counts.total()} images: is this right?")
+        say(f"  class {name}: {len(members[name])} images, like {members[name][0]}")
+    if len(names) > 1000 or 0 < len(names) == len(train):
+        say(f"{len(names)} classes of {len(train)} images: is this right?")
     return names
 
 # ---- The command line. The other scripts use its parts.
-
 # SIGUSR1 is what `#SBATCH --signal=USR1@120` sends before the time is up.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
                 if hasattr(signal, name)]
 
 def on_stop_signals(handler):
-    """Call handler(number, frame) when the process is asked to stop; what nohup ignores stays so."""
+    """Call handler(number, frame) on a signal to stop. What nohup ignores stays ignored."""
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
@@ -562,6 +536,9 @@ def integers(text):
 class Parser(argparse.ArgumentParser):
     """argparse with one line per setting, whose complaints are one sentence."""
 
+    def __init__(self, script_doc):
+        super().__init__(description=script_doc.splitlines()[0], allow_abbrev=False)
+
     def add(self, name, default, help, kind=None, low=0, high=math.inf, **how):
         """The setting --name of a kind: int, float, tuple (of integers), bool or text; by default
         that of `default`. Help prints the default at the time when it is asked for."""
@@ -579,7 +556,7 @@ class Parser(argparse.ArgumentParser):
         check(False, f"{self.prog}: {message} (--help lists the settings)")
 
 def run_script(main):
-    """Run a script. A user's mistake is one sentence, told once on each machine, and exit code 1."""
+    """Run a script. A user's mistake is one sentence, once on each machine, and exit code 1."""
     on_stop_signals(lambda number, frame: sys.exit(128 + number))  # cleans up, like an error
     try:
         main(sys.argv[1:])
@@ -595,7 +572,7 @@ DATA_FILES = {"train.npy", "val.npy", "train_labels.npy", "val_labels.npy", "met
               "judge.pt", "judge.json"}  # the last two are written by tests/tools/judge.py
 
 def main(argv=None):
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("src", nargs="?", metavar="SRC",
                         help="folder, archive, arrays or data set; not given = built-in faces")
     add = parser.add
@@ -603,9 +580,6 @@ def main(argv=None):
     add("size", None, "side of the images in pixels; None = 64, or that of arrays", int, low=1)
     add("channels", None, "1 = grey, 3 = colour; None = 3, or as many as arrays have", int,
         choices=(1, 3))
-    add("fit", "crop", "how to make images square", choices=("crop", "pad"))
-    parser.add_argument("--background", default="white", type=ImageColor.getrgb,
-                        help="colour behind transparency and padding (white)")
     parser.add_argument("--range", type=float, nargs=2, metavar=("BLACK", "WHITE"),
                         help="values that are black and white in grey images of more than 8 bits")
     add("val_frac", 0.05, "share of the images to hold out, if the source holds none out", high=1)
@@ -618,34 +592,33 @@ def main(argv=None):
 
     name = Path(args.src or "faces").resolve().stem.removesuffix(".tar")
     out = os.path.realpath(args.out or f"data/{name}")
+    parent = os.path.dirname(out)
     if os.path.exists(out) and os.listdir(out):
         check(args.force and set(os.listdir(out)) <= DATA_FILES, f"{out} exists: give another "
               "--out, or --force, which replaces a data set and nothing else")
-    os.makedirs(os.path.dirname(out), exist_ok=True)
+    os.makedirs(parent, exist_ok=True)
     # The set is written beside its place and moved there when complete.
-    with TemporaryDirectory(".tmp", dir=os.path.dirname(out)) as temp_dir:
+    with TemporaryDirectory(".tmp", dir=parent) as temp_dir:
+        source = face_source(args.size or 64, args.seed)
         if args.src:
             source = open_source(args.src, temp_dir, args.labels)
-        else:
-            source = face_source(args.size or 64, args.seed)
         size = args.size or source.size
         channels = args.channels or source.channels
         check(source.dtype == "uint8" or (size, channels) == (source.size, source.channels),
               f"latents keep their size {source.size}")
         val, train = choose(source, args.num, args.classes, args.val_frac, args.seed)
-        num_bytes = len(val + train) * size**2 * channels * np.dtype(source.dtype).itemsize
-        check(num_bytes < shutil.disk_usage(temp_dir).free, f"no room for {num_bytes} bytes")
-        decoder = Decoder(size, channels, args.fit, args.background, args.range)
-        os.mkdir(f"{temp_dir}/new")
-        meta = write_set(f"{temp_dir}/new", source, decoder, val, train)
+        decoder = Decoder(size, channels, args.range)
+        new = Path(temp_dir, "new")
+        new.mkdir()
+        meta = write_set(new, source, decoder, val, train)
         meta["preprocessing"] = vars(args)
-        Path(temp_dir, "new/meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        Path(new, "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         if os.path.exists(out):
             os.rename(out, f"{out}.old")
-        os.rename(f"{temp_dir}/new", out)
+        os.rename(new, out)
         shutil.rmtree(f"{out}.old", ignore_errors=True)
     say(f"{out}: {meta['num_train']} images, {meta['num_val']} held out, {meta['rejected']} "
-          "rejected")
+        "rejected")
 
 # ---- The built-in data: faces, painted with ovals.
 NUM_FACES = 12_000
@@ -658,7 +631,7 @@ COLOURS = {
     "frame": "#22252b #7a3b2e #b3263c #3b5b8c",
     "iris": "#3d2a20 #2a5a94 #2f6e46 #5d4a26",
 }
-INK, BLUSH = "#3c1e28", "#e0505450"  # the last two digits: opacity
+INK = "#3c1e28"
 CURLS = [(1.02 * np.cos(a), -0.25 - np.sin(a), 0.33, 0.33) for a in np.linspace(0, np.pi, 9)]
 QUIFF = [(0.3, -1.1, 0.7, 0.4)]  # an oval: its centre, and half its width and height
 SHADOW = Image.radial_gradient("L").crop((96, 96, 256, 256)).point(lambda v: 0.4 * v)
@@ -672,8 +645,7 @@ def make_face(index, size=64, seed=0):
     rng = np.random.default_rng([seed, index])
     skin, hair, cloth, wall, frame, iris = [rng.choice(row.split()) for row in COLOURS.values()]
     top = [[], CURLS, QUIFF][rng.integers(3)]  # of the hair
-    part = rng.uniform(0, 0.42)  # how far the hair reaches down in the middle
-    turn, shift, smile, brow = rng.uniform(-0.1, 0.1, 4)
+    turn, shift, smile, brow, part = rng.uniform(-0.1, 0.1, 5)
     label = index % 4
     canvas = 3 * size  # painted large and reduced at the end, for smooth edges
     unit = 0.27 * canvas  # half the width of a head
@@ -696,7 +668,6 @@ def make_face(index, size=64, seed=0):
         image.paste(colour, mask=mask)
         image.paste(INK, mask=ImageChops.multiply(mask, shadow))
 
-    draw.ellipse(box(0, 0, 1.75, 1.75), "#ffffff80")
     if label >= 2:
         paint(hair, (0, -0.1, 1.2, 1.2), (0, 1, 1.22, 1.1))
     paint(cloth, (0, 2.5, 1.5, 1.1))
@@ -704,17 +675,12 @@ def make_face(index, size=64, seed=0):
     paint(skin, (0, -0.1, 1, 1.05), (0, 0.2, 0.88, 1))
     for side in -1, 1:
         x = turn + 0.42 * side
-        draw.ellipse(box(x + 0.12 * side, 0.42, 0.2, 0.14), BLUSH)
         draw.ellipse(box(x, 0.05, 0.2, 0.2), "white")
         draw.ellipse(box(x + turn / 2, 0.07, 0.14, 0.15), iris)
         draw.ellipse(box(x + turn / 2 - 0.05, 0, 0.05, 0.05), "white")
         draw.arc(box(x, brow - 0.15, 0.26, 0.2), 210, 330, INK, line)
-    if rng.random() < 0.6:
-        draw.arc(box(turn, 0.45, 0.34, 0.2 + smile), 25, 155, "#b03c46", line)
-    else:
-        draw.chord(box(turn, 0.52, 0.36, 0.27 + smile), 0, 180, "#8c3440")
-        draw.chord(box(turn, 0.52, 0.3, 0.12), 0, 180, "white")
-    face = [(-part, 0.42, 0.9 - part, 1), (part, 0.42, 0.9 - part, 1), (0, 1.25, 1.3, 1.1)]
+    draw.arc(box(turn, 0.42, 0.36, 0.22 + smile), 20, 160, "#b03c46", line)
+    face = [(2 * part, 0.45, 0.86, 1), (0, 1.25, 1.3, 1.1)]
     paint(hair, (0, -0.18, 1.1, 1.12), *top, openings=face)
     if label % 2:
         for x in turn - 0.43, turn + 0.43:

@@ -6,26 +6,26 @@ python sample.py --ckpt out/cm.pt --steps 2                              # a con
 python sample.py --ckpt out/ft.pt --num 50000 --out out/samples.npz      # arr_0 uint8 (N, H, W, C)
 torchrun --nproc_per_node=8 -- sample.py --ckpt out/ft.pt --num 50000 --out out/pngs   # a folder
 
-Image i depends only on (seed, i), whatever the batch size and the number of processes. A run that
-writes a folder or .npz continues where it was interrupted when the same command is given again.
+Image i depends only on (seed, i), whatever the batch size and the number of processes. An
+interrupted run that writes a folder or .npz continues when the same command is given again.
 """
 
+import hashlib
 import json
 import math
 import os
 import shutil
 from datetime import timedelta
-from itertools import pairwise
-from pathlib import Path
+from functools import partial
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 from model import (
-    SIGMA_DATA, Denoiser, ModelConfig, check_noise, load_checkpoint, patchify, replace_file,
-    sampler_levels, unpatchify)
+    SIGMA_DATA, Denoiser, ModelConfig, check_noise, check_writable, load_checkpoint, patchify,
+    replace_file, sampler_levels, unpatchify)
 from prepare_data import Parser, check, progress_bar, run_script, say, to_image
 
 # Set by torchrun: this process, all processes, this process on its machine.
@@ -34,7 +34,6 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 # ---- Random numbers.
-
 def seed_of(*numbers):
     """One 63-bit seed for a tuple of non-negative numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
@@ -46,7 +45,6 @@ def seeded(*numbers, device="cpu"):
 # ---- Samplers: from noise to data along the probability-flow ODE or an SDE. denoise(x, sigma) ->
 # D(x; sigma) for a float sigma; x noise of deviation sigmas[0]; sigmas (n + 1,) floats descending
 # to 0; draw() -> fresh standard normal noise like x.
-
 def euler(denoise, x, sigmas, draw):
     """The DDIM step; n evaluations."""
     for s, s_next in pairwise(sigmas):
@@ -54,30 +52,26 @@ def euler(denoise, x, sigmas, draw):
         x = x + (s_next - s) * slope
     return x
 
-def heun_step(denoise, x, s, s_next):
-    slope = (x - denoise(x, s)) / s
-    x_next = x + (s_next - s) * slope
-    if s_next > 0:
-        slope_next = (x_next - denoise(x_next, s_next)) / s_next
-        x_next = x + (s_next - s) * (slope + slope_next) / 2
-    return x_next
-
-def heun(denoise, x, sigmas, draw):
-    """Second order; 2n - 1 evaluations (EDM algorithm 1)."""
-    for s, s_next in pairwise(sigmas):
-        x = heun_step(denoise, x, s, s_next)
-    return x
-
-def churn(denoise, x, sigmas, draw, s_churn=40, s_min=0.05, s_max=50, s_noise=1.003):
-    """Heun with noise added before each step (EDM algorithm 2; its settings for 256 steps)."""
+def heun(denoise, x, sigmas, draw, s_churn=0, s_min=0.05, s_max=50, s_noise=1.003):
+    """Second order, 2n - 1 evaluations (EDM algorithm 1). With s_churn > 0 noise is added before
+    the steps from levels between s_min and s_max (EDM algorithm 2)."""
     gamma = min(s_churn / (len(sigmas) - 1), 2**0.5 - 1)
     for s, s_next in pairwise(sigmas):
-        if s_min <= s <= s_max:
+        if gamma > 0 and s_min <= s <= s_max:
             s_hat = s * (1 + gamma)
             x = x + (s_hat**2 - s**2) ** 0.5 * s_noise * draw()
             s = s_hat
-        x = heun_step(denoise, x, s, s_next)
+        slope = (x - denoise(x, s)) / s
+        x_next = x + (s_next - s) * slope
+        if s_next > 0:
+            slope_next = (x_next - denoise(x_next, s_next)) / s_next
+            x_next = x + (s_next - s) * (slope + slope_next) / 2
+        x = x_next
     return x
+
+def churn(denoise, x, sigmas, draw):
+    """Heun with EDM's noise for 256 steps."""
+    return heun(denoise, x, sigmas, draw, s_churn=40)
 
 def consistency(denoise, x, sigmas, draw):
     """Denoise, and add the noise of the next level; n evaluations."""
@@ -120,7 +114,6 @@ def guided(denoiser, labels, scale):
     return denoise
 
 # ---- From a checkpoint to images.
-
 WEIGHTS = {"ema": "ema", "raw": "model"}  # keys of a checkpoint
 
 def load_denoiser(path, weights="ema", device="cpu"):
@@ -138,7 +131,6 @@ def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0
     class numbers, cycled over the indices (default: all). Image i depends only on (seed, i)."""
     c = denoiser.config
     device = next(denoiser.parameters()).device
-    state_dtype = torch.float32 if device.type == "mps" else torch.float64  # as in EDM
     labels = labels or range(c.num_classes)
     sampler, sigmas = noise_levels(c, sampler, steps, mid_sigma)
     for start in range(0, len(indices), batch_size):
@@ -148,7 +140,7 @@ def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0
         def draw():
             shape = (c.image_size, c.image_size, c.channels)
             noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-            return patchify(noise, c.patch_size).to(device, state_dtype)
+            return patchify(noise, c.patch_size).to(device, torch.float64)  # as in EDM
 
         classes = None
         if labels:
@@ -165,55 +157,42 @@ def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0
             images = (images * 127.5 + 127.5).round().clamp(0, 255)
             yield batch, images.to(torch.uint8).numpy()
 
-# ---- Writers. A long run writes finished batches to a folder, so that it can be continued.
-
+# ---- Writers.
 def write_all(out, batches, num, batch_size, recipe, class_names):
-    """Write images to a folder of PNGs or an .npz; every process its share. `batches(numbers)`
-    generates, and `recipe` says how: what the folder holds of the same recipe is not made again.
-    With classes an .npz has arr_1 (labels) and class_names."""
-    is_npz = out.lower().endswith(".npz")
-    folder = f"{out}.parts" if is_npz else out
-    if RANK == 0:
-        start_folder(folder, recipe)
-    if WORLD_SIZE > 1:
-        dist.barrier()
+    """Write images to an .npz, with labels in arr_1 if there are classes, or to a folder of PNGs.
+    Every process makes its share, in parts; those that an interrupted run of the same recipe left
+    are not made again. batches(numbers) generates images."""
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+    folder = f"{out}.{digest[:8]}.parts"
+    os.makedirs(folder, exist_ok=True)
     starts = range(0, num, batch_size)
     for start in progress_bar(starts[RANK::WORLD_SIZE], "sampling", disable=RANK > 0):
-        numbers = range(start, min(start + batch_size, num))
-        paths = [f"{folder}/{i:06d}.png" for i in numbers]
-        if is_npz:
-            paths = [f"{folder}/{start:06d}.npy"]
-        if os.path.exists(paths[-1]):
-            continue
-        images = np.concatenate([images for _, images in batches(numbers)])
-        if is_npz:
-            replace_file(paths[0], lambda file: np.save(file, images))
-        else:
-            for path, image in zip(paths, images):
-                replace_file(path, lambda file: to_image(image).save(file, "PNG"))
+        path = f"{folder}/{start:06d}.npy"
+        if not os.path.exists(path):
+            numbers = range(start, min(start + batch_size, num))
+            images = np.concatenate([images for _, images in batches(numbers)])
+            replace_file(path, lambda file: np.save(file, images))
     if WORLD_SIZE > 1:
         dist.barrier()
-    if RANK == 0 and is_npz:
-        parts = [np.load(f"{folder}/{start:06d}.npy") for start in starts]
+    if RANK > 0:
+        return
+    parts = [np.load(f"{folder}/{start:06d}.npy", mmap_mode="r") for start in starts]
+    if out.lower().endswith(".npz"):
         arrays = dict(arr_0=np.concatenate(parts))
         if class_names:
             arrays["arr_1"] = np.resize(recipe["labels"], num)
             arrays["class_names"] = class_names
         replace_file(out, lambda file: np.savez(file, **arrays))
-        shutil.rmtree(folder)
-
-def start_folder(folder, recipe):
-    """Note in the folder what its samples are, unless it holds something else."""
-    os.makedirs(folder, exist_ok=True)
-    note = Path(folder, "sampling.json")
-    text = json.dumps(recipe)
-    same = note.exists() and note.read_text() == text
-    check(same or not os.listdir(folder), f"{folder} holds other files, or samples of another "
-          "recipe: give another --out")
-    replace_file(note, lambda file: file.write(text.encode()))
+    else:
+        pngs = f"{folder}/png"
+        os.makedirs(pngs, exist_ok=True)
+        for i, image in enumerate(chain.from_iterable(parts)):
+            to_image(image).save(f"{pngs}/{i:06d}.png")
+        os.rename(pngs, out)
+    shutil.rmtree(folder)
 
 def save_grid(path, images, columns=None):
-    """Write images uint8 (N, H, W, C) as one picture; latents (N, C, H, W): the first channels."""
+    """Write images uint8 (N, H, W, C) as one PNG; latents (N, C, H, W): the first channels."""
     if images.dtype != np.uint8:
         low, high = images.min(), images.max()
         images = np.uint8((images - low) / max(high - low, 1e-9) * 255)
@@ -221,36 +200,25 @@ def save_grid(path, images, columns=None):
         images = images.transpose(0, 2, 3, 1)[..., :shown]
     num, height, width, channels = images.shape
     columns = columns or math.ceil(num**0.5)
-    rows = math.ceil(num / columns)
-    gap = max(1, width // 32)  # white
-    height += gap
-    width += gap
-    cells = np.full((rows * columns, height, width, channels), 255, np.uint8)
-    cells[:num, gap:, gap:] = images
-    sheet = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    sheet = sheet.reshape(rows * height, columns * width, channels)
-    sheet = np.pad(sheet, ((0, gap), (0, gap), (0, 0)), constant_values=255)
-    kind = Image.registered_extensions()[os.path.splitext(path)[1].lower()]
-    replace_file(path, lambda file: to_image(sheet).save(file, kind))
+    gap = max(1, width // 32)
+    white = partial(np.pad, constant_values=255)
+    cells = white(images, ((0, -num % columns), (gap, 0), (gap, 0), (0, 0)))
+    cells = cells.reshape(-1, columns, height + gap, width + gap, channels)
+    sheet = cells.swapaxes(1, 2).reshape(-1, columns * (width + gap), channels)
+    sheet = white(sheet, ((0, gap), (0, gap), (0, 0)))
+    replace_file(path, lambda file: to_image(sheet).save(file, "PNG"))
 
 # ---- The command line; train.py and fid.py use its parts.
-
 def pick_device(name):
-    """auto -> cuda, else mps, else cpu, as a torch.device."""
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available = ["mps", *available]
-    if torch.cuda.is_available():
-        available = ["cuda", *available]
+    """auto -> cuda if there is a GPU, else cpu, as a torch.device."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        name = available[0]
-    check(name in available, f"--device {name} is not available here, but {available}")
-    if name != "cuda":
-        return torch.device(name)
-    gpus = torch.cuda.device_count()
-    check(LOCAL_RANK < gpus, f"there are more processes than the {gpus} GPUs of this machine: give "
-          f"torchrun --nproc_per_node={gpus}, or --device cpu")
-    return torch.device(name, LOCAL_RANK)
+        name = "cuda" if gpus else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    check(LOCAL_RANK < gpus, f"this machine has {gpus} GPUs, fewer than processes: give torchrun a "
+          "smaller --nproc_per_node, or --device cpu")
+    return torch.device("cuda", LOCAL_RANK)
 
 def pick_dtype(name, device):
     """auto: bfloat16 where the processor multiplies faster in it, else float32."""
@@ -259,11 +227,10 @@ def pick_dtype(name, device):
     cpu = torch.cpu.get_capabilities()
     # Intel's AVX-512 is slower in bfloat16, AMD's is faster.
     fast_avx512 = cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", "")
-    fast = dict(
-        mps=False,
-        cuda=torch.cuda.is_bf16_supported(including_emulation=False),
-        cpu=cpu.get("amx_bf16") or fast_avx512)
-    return torch.bfloat16 if fast[device.type] else torch.float32
+    fast = cpu.get("amx_bf16") or fast_avx512
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
 
 def add_flags(parser, batch_size):
     """The flags that sample.py and fid.py share; `sampling_settings` reads most of them."""
@@ -275,7 +242,7 @@ def add_flags(parser, batch_size):
     add("cfg_scale", 1.0, "guidance scale; 1 = none")
     add("seed", 0, "seed of the noise")
     add("batch_size", batch_size, "images at a time", low=1)
-    add("device", "auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    add("device", "auto", "where to run", choices=("auto", "cpu", "cuda"))
     add("dtype", "float32", "dtype of the network", choices=("float32", "bfloat16"))
 
 def sampling_settings(args, denoiser, checkpoint):
@@ -298,7 +265,7 @@ def class_numbers(text, names):
     return [known[name] for name in chosen]
 
 def main(argv=None):
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add
     add("ckpt", "out/ft.pt", "checkpoint that train.py wrote")
     add("num", 64, "number of images", low=1)
@@ -312,13 +279,15 @@ def main(argv=None):
     names = checkpoint["class_names"] if denoiser.config.num_classes else []
     settings = sampling_settings(args, denoiser, checkpoint)
     settings["labels"] = class_numbers(args.labels, names)
+    args.out = os.path.normpath(args.out)
     suffix = os.path.splitext(args.out.lower())[1]
-    is_picture = Image.registered_extensions().get(suffix) in Image.SAVE
-    check(suffix in ("", ".npz") or is_picture, f"--out {args.out}: expected a picture, .npz, or a "
+    check(suffix in (".png", ".npz", ""), f"--out {args.out}: expected a grid .png, an .npz, or a "
           "folder without a suffix")
     check(suffix or not denoiser.config.latent, "this model makes latents: give an --out that ends "
           "in .npz, and decode that")
+    check(suffix or not os.path.exists(args.out), f"{args.out} exists: give another --out")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    check_writable(args.out)
     if WORLD_SIZE > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # they meet before and after
 
@@ -327,10 +296,8 @@ def main(argv=None):
                         dtype=getattr(torch, args.dtype), **settings)
 
     if RANK == 0:
-        say(f"{args.num} samples of {args.ckpt}, step {checkpoint['step']}, {args.weights} weights,"
-            f" {settings['sampler']} {settings['steps']}, on {device}, of classes "
-            f"{args.labels or 'all'} of {dict(enumerate(names))}")
-    if not is_picture:
+        say(f"{args.num} samples of {args.ckpt} at step {checkpoint['step']}: {settings}")
+    if suffix != ".png":
         recipe = vars(args) | settings | dict(modified=os.path.getmtime(args.ckpt))
         write_all(args.out, batches, args.num, args.batch_size, recipe, names)
     elif RANK == 0:

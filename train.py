@@ -17,12 +17,15 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, fields
 from datetime import timedelta
 from functools import lru_cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle OpenMP threads give up a busy core quickly
@@ -31,66 +34,64 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 import sample
 from model import (
-    CONSISTENCY_WEIGHTS, MASKS, NETWORK, NOISE, OBJECTIVES, P_MEAN, P_STD, Denoiser, ModelConfig,
-    Muon, distill_targets, find_checkpoint, fisher_information, load_checkpoint, load_what_fits,
-    make_mask, normalised, objective, patchify, previous, save_checkpoint, sigma_of)
-from prepare_data import (
-    Images, Parser, check, on_stop_signals, progress_bar, run_script, say)
+    CONSISTENCY_WEIGHTS, MASKS, NETWORK, NOISE, OBJECTIVES, P_MEAN, P_STD, Block, Denoiser,
+    ModelConfig, Muon, distill_targets, find_checkpoint, fisher_information, load_checkpoint,
+    load_what_fits, make_mask, normalised, objective, patchify, previous, save_checkpoint, sigma_of)
+from prepare_data import Images, Parser, check, on_stop_signals, progress_bar, run_script, say
 from sample import RANK, WORLD_SIZE
+
+fcntl = import_module("fcntl") if find_spec("fcntl") else None  # Windows has none
 
 # ---- Presets: a network, and what its recipes for the stages (pt: masked, ft: whole images, cm:
 # consistency tuning) change in RECIPES. Those and the defaults in `parse` are MaskDM's at 64 px.
-
 ECT = dict(  # arXiv 2406.14548, appendix, CIFAR-10; its networks have dropout, ours has none
-    steps=200_000, init_weights="ema", sample_every=5000,
+    steps=200_000, init_weights="ema", label_dropout=0.0, dtype="float32", sample_every=5000,
     optimizer="radam", lr=1e-4, beta1=0.9, beta2=0.999, weight_decay=0.0, ema=0.9999,
-    label_dropout=0.0, dtype="float32",
     p_mean=-1.1, p_std=2.0, cm_stages=8)
 ECT_IMAGENET64 = ECT | dict(
-    steps=100_000,
-    optimizer="adamw", lr=1e-3, lr_schedule="rsqrt", beta2=0.99,
+    steps=100_000, optimizer="adamw", lr=1e-3, lr_schedule="rsqrt", beta2=0.99,
     p_mean=-0.8, p_std=1.6, cm_stages=4, cm_q=4.0, cm_c=0.06, cm_weight="edm", mid_sigma=1.526)
 MASKDIT = dict(lr=1e-4, beta1=0.9, beta2=0.999, weight_decay=0.0, ema=0.9999)
 DEMO = dict(
     optimizer="muon", lr=2e-3, beta1=0.9, lr_schedule="cosine", warmup=100, grad_clip=1.0)
 RECIPES = dict(pt=dict(batch_size=256), ft=dict(sample_every=5000), cm=ECT)
 
+def network(dim, depth, heads, patch_size, **more):
+    """A preset: the network, its recipes and other settings."""
+    return dict(dim=dim, depth=depth, heads=heads, patch_size=patch_size, **more)
+
 PRESETS = {
-    "demo": dict(  # two CPU cores, ten minutes for both stages
-        dim=128, depth=6, heads=4, patch_size=4,
+    "demo": network(  # two CPU cores, ten minutes for both stages
+        128, 6, 4, 4,
         pt=DEMO | dict(batch_size=48, steps=2300, lr=4e-3, lr_schedule="constant",
                        eval_every=500, save_every=500),
         ft=DEMO | dict(batch_size=4, steps=3400,
                        eval_every=1700, sample_every=1700, save_every=1700),
-        cm=ECT | dict(batch_size=32, steps=1200, lr=2e-3, lr_schedule="cosine",
-                      ema=0.995, cm_stages=4,
-                      eval_every=500, sample_every=400, save_every=500)),
-    "maskdm-64": dict(dim=512, depth=13, heads=8, patch_size=4),
-    "maskdm-256": dict(
-        dim=768, depth=13, heads=12, patch_size=4,
+        cm=ECT | dict(batch_size=32, steps=1200, lr=2e-3, lr_schedule="cosine", ema=0.995,
+                      cm_stages=4, eval_every=500, sample_every=400, save_every=500)),
+    "maskdm-64": network(512, 13, 8, 4),
+    "maskdm-256": network(
+        768, 13, 12, 4,
         pt=dict(batch_size=256, block_size=4, steps=200_000, grad_clip=1.0),
         ft=dict(batch_size=32, lr=1e-5, warmup=5000, grad_clip=1.0)),
-    "maskdit-xl": dict(
-        dim=1152, depth=28, heads=16, patch_size=2,
-        decoder_depth=8, decoder_dim=512, decoder_heads=16,
-        class_cond=True,
+    "maskdit-xl": network(
+        1152, 28, 16, 2, decoder_depth=8, decoder_dim=512, decoder_heads=16, class_cond=True,
         pt=MASKDIT | dict(batch_size=1024, steps=2_000_000, mask_type="patch"),
         ft=MASKDIT | dict(batch_size=512, lr=5e-5)),
-    "dit-s": dict(dim=384, depth=12, heads=6, patch_size=2),
-    "dit-b": dict(dim=768, depth=12, heads=12, patch_size=2),
-    "dit-l": dict(dim=1024, depth=24, heads=16, patch_size=2),
-    "dit-xl": dict(dim=1152, depth=28, heads=16, patch_size=2),
-    "ect-cifar10": dict(dim=384, depth=12, heads=6, patch_size=2),
-    "ect-imagenet64": dict(dim=768, depth=12, heads=12, patch_size=4, cm=ECT_IMAGENET64),
+    "dit-s": network(384, 12, 6, 2),
+    "dit-b": network(768, 12, 12, 2),
+    "dit-l": network(1024, 24, 16, 2),
+    "dit-xl": network(1152, 28, 16, 2),
+    "ect-cifar10": network(384, 12, 6, 2),
+    "ect-imagenet64": network(768, 12, 12, 4, cm=ECT_IMAGENET64),
 }
 
 # ---- Settings. Precedence: command line > with --resume the run's > the preset's recipe for the
 # stage > the default in `parse`. A network is inherited from the checkpoint that a run starts from.
-
 # The flags that describe a network; its other fields follow from the data.
 NETWORK_SETTINGS = {f.name: f for f in fields(ModelConfig) if f.metadata}
 NOT_STORED = ("out_dir", "resume", "force", "device", "compile")  # of this command, not of the run
@@ -109,7 +110,7 @@ OPTIMIZERS = {
 def parse(argv):
     """-> settings, the checkpoint that the run continues or starts from (or None), and whether it
     continues. With --help the settings that this very command would use are printed."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add
     add("data", "data/faces", "prepared set, or several with commas for their union")
     add("out_dir", "out", "folder for checkpoints, samples and log.jsonl")
@@ -159,7 +160,7 @@ def parse(argv):
     add("grad_clip", 0.0, "largest norm of the gradient; 0 = no limit")
     add("ema", 0.999, "decay of the averaged weights", high=1)
     add("seed", 0, "seed of every random draw")
-    add("device", "auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    add("device", "auto", "where to run", choices=("auto", "cpu", "cuda"))
     add("dtype", "auto", "autocast dtype", choices=("auto", "float32", "bfloat16"))
     add("compile", True, "torch.compile the network (on CUDA only)")
     # Reports; 0 = never.
@@ -171,9 +172,7 @@ def parse(argv):
 
     flags = [flag for flag in argv if flag not in ("-h", "--help")]
     cfg = parser.parse_args(flags)
-    checkpoint = None
-    if cfg.resume:
-        checkpoint = find_checkpoint(out_path(cfg, ".pt"))
+    checkpoint = find_checkpoint(out_path(cfg, ".pt")) if cfg.resume else None
     resumed = checkpoint is not None
     if cfg.init_from and not resumed:
         checkpoint = load_checkpoint(cfg.init_from)
@@ -187,11 +186,12 @@ def parse(argv):
     # A default batch is one that the processes can share.
     local_batch = math.ceil(parser.get_default("batch_size") / WORLD_SIZE)
     parser.set_defaults(batch_size=local_batch * WORLD_SIZE)
-    network = preset
+    architecture = preset
     if checkpoint:
-        network = checkpoint["architecture"]
-        parser.set_defaults(class_cond=network["num_classes"] > 0)
-    parser.set_defaults(**{name: network[name] for name in NETWORK_SETTINGS if name in network})
+        architecture = checkpoint["architecture"]
+        parser.set_defaults(class_cond=architecture["num_classes"] > 0)
+    shared = NETWORK_SETTINGS.keys() & architecture.keys()
+    parser.set_defaults(**{name: architecture[name] for name in shared})
     if resumed:
         parser.set_defaults(**checkpoint["config"])
     parser.set_defaults(**vars(parser.parse_args(flags)))  # for --help
@@ -201,16 +201,13 @@ def stage_of(cfg):
     """pt: masked (stage 1), ft: whole images (stage 2), cm: consistency tuning."""
     if cfg.loss == "consistency":
         return "cm"
-    if cfg.mask_ratio > 0:
-        return "pt"
-    return "ft"
+    return "pt" if cfg.mask_ratio > 0 else "ft"
 
 def out_path(cfg, ending):
     """A file of this stage in out_dir, such as out/pt.pt."""
     return os.path.join(cfg.out_dir, stage_of(cfg) + ending)
 
 # ---- The stream: step n -> its batch. All randomness of training is drawn here.
-
 @lru_cache(8)
 def shuffled(n, seed, epoch):
     """The order of n images in an epoch."""
@@ -220,7 +217,7 @@ class Stream:
     """Batches by step number. The first `num_new` images are new, the others old (--replay). In a
     batch the new ones come first; both are walked through in epochs, so any step can be loaded."""
 
-    def __init__(self, images, num_new, cfg, config, device, rank=0, world_size=1):
+    def __init__(self, images, num_new, cfg, config, device, rank=RANK, world_size=WORLD_SIZE):
         self.images = images
         self.cfg = cfg
         self.config = config
@@ -230,8 +227,8 @@ class Stream:
         old_batch = 0
         if cfg.replay:
             old_batch = round(cfg.replay_frac * cfg.batch_size)
-            check(num_old and 0 < old_batch <= cfg.batch_size, f"--replay: {old_batch} old images "
-                  f"per batch of {cfg.batch_size}, out of {num_old}")
+            check(num_old and 0 < old_batch <= cfg.batch_size,
+                  f"--replay: {old_batch} of {num_old} old images in a batch of {cfg.batch_size}")
         new_batch = cfg.batch_size - old_batch
         self.local_new = len(range(rank, new_batch, world_size))
         # New and old images: how many per batch, how many there are, the number of the first.
@@ -239,25 +236,27 @@ class Stream:
         # The mean over a batch is L_new + replay_coef * L_old.
         self.weight = torch.full((cfg.batch_size,), cfg.batch_size / max(new_batch, 1))
         self.weight[new_batch:] = cfg.replay_coef * cfg.batch_size / max(old_batch, 1)
-        self.num_visible = config.grid**2
-        self.draw_mask = None
+        self.num_visible, self.draw_mask = config.grid**2, None
         if cfg.mask_ratio > 0:
             self.num_visible, self.draw_mask = make_mask(
                 cfg.mask_type, config.grid, cfg.mask_ratio, cfg.block_size)
         if cfg.ref_batch > 1:
-            self.of_class = {label: np.flatnonzero(images.labels == label)
-                             for label in np.unique(images.labels)}
+            check(cfg.mask_ratio == 0, "--ref_batch needs whole images: give --mask_ratio=0")
+            # The images of each class, new and old ones apart; without classes all are of one.
+            labels = images.labels.tolist() if config.num_classes else [-1] * len(images)
+            self.kinds = [(label, i >= num_new) for i, label in enumerate(labels)]
+            self.of_kind = defaultdict(list)
+            for i, kind in enumerate(self.kinds):
+                self.of_kind[kind].append(i)
 
     def index(self, step):
         """Image numbers of the global batch, (batch_size,)."""
         numbers = []
         for count, size, offset in self.sources:
-            position = np.arange(step * count, (step + 1) * count)
-            epoch = position // max(size, 1)
-            for e in np.unique(epoch):
-                place = position[epoch == e] - e * size
-                numbers.append(offset + shuffled(size, self.cfg.seed, int(e))[place])
-        return np.concatenate(numbers)
+            for position in range(step * count, (step + 1) * count):
+                epoch, i = divmod(position, size)
+                numbers.append(offset + shuffled(size, self.cfg.seed, epoch)[i])
+        return np.array(numbers)
 
     def load(self, step):
         """This process's part of the batch, on the device: clean, noise (b, K, p*p*C), K = N if
@@ -299,13 +298,14 @@ class Stream:
         return normalised(self.move(patches), self.config.latent)
 
     def references(self, step):
-        """The whole images over which a batch averages (SCT), and their labels. They are drawn from
-        the classes of the batch: drawn from all, most images would have none of their own class."""
+        """The whole images over which a batch averages (SCT), and their labels. They follow the
+        classes of the batch: drawn from all, most images would have none of their own class."""
         n = self.cfg.ref_batch - 1  # an image is itself the first of its references
         g = sample.seeded(self.cfg.seed, 5, step)
         uniform = torch.rand(n, generator=g, dtype=torch.float64).tolist()
+        # Each image of the batch in its turn decides from which class the next ones are drawn.
         batch_index = self.index(step)[np.arange(n) * self.cfg.batch_size // n]
-        pools = [self.of_class[label] for label in self.images.labels[batch_index]]
+        pools = [self.of_kind[self.kinds[i]] for i in batch_index]
         index = np.array([pool[int(u * len(pool))] for pool, u in zip(pools, uniform)])
         labels = torch.from_numpy(self.images.labels[index])
         images = self.read(index, None, self.draw_flips(n, g))
@@ -317,7 +317,7 @@ class Stream:
             tensor = tensor.contiguous().pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
-def fixed_batch(images, config):
+def fixed_batch(images, config, device):
     """512 whole images, evenly from a set, with noise levels (EDM's quantiles) and noise: the same
     in every run, for validation and Fisher information."""
     n = min(len(images), 512)
@@ -332,23 +332,22 @@ def fixed_batch(images, config):
         sigma=sigma_of(torch.special.ndtri(quantile)))
     if config.num_classes:
         batch["labels"] = torch.from_numpy(images.labels[index])
-    return batch
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 # ---- Optimizers.
-
 def learning_rate(cfg, step, peak):
     """Linear warm-up to `peak`, then the schedule."""
-    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    progress = min(1.0, max(0.0, progress))
+    progress = min(1.0, max(0, step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
     warmup = min(1.0, (step + 1) / (cfg.warmup + 1))
     return peak * warmup * SCHEDULES[cfg.lr_schedule](step, progress)
 
 def configure_optimizers(denoiser, cfg):
     """A list of optimizers, of parameters with their names."""
     named = list(denoiser.named_parameters())
-    matrices = ()
+    blocks = []
     if cfg.optimizer == "muon":
-        matrices = denoiser.matrices()
+        blocks = [module for module in denoiser.modules() if isinstance(module, Block)]
+    matrices = {p for block in blocks for p in block.matrices()}
     others = [(name, p) for name, p in named if p not in matrices]
     settings = dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
     betas = (cfg.beta1, cfg.beta2)
@@ -366,21 +365,18 @@ def set_learning_rates(optimizers, cfg, step):
 
 # ---- Processes: torchrun and DDP. A fork that shards the weights (FSDP2) replaces this section,
 # whose functions are called on all ranks.
-
 def print0(text):
-    """Print on rank 0."""
     if RANK == 0:
         say(text)
 
 def setup(cfg):
     """Join the other processes; returns the device of this one and its autocast."""
     device = sample.pick_device(cfg.device)
-    device_id = None
-    if device.type == "cuda":
+    cuda = device.type == "cuda"
+    if cuda:
         torch.cuda.set_device(device)
-        device_id = device
     if WORLD_SIZE > 1:  # to save a large model can take longer than the usual ten minutes
-        dist.init_process_group(device_id=device_id, timeout=timedelta(hours=1))
+        dist.init_process_group(device_id=device if cuda else None, timeout=timedelta(hours=1))
     dtype = sample.pick_dtype(cfg.dtype, device)
     return device, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
@@ -391,8 +387,7 @@ def wrap(cfg, denoiser, ema, device):
         denoiser.compile(dynamic=False)
     if WORLD_SIZE == 1:
         return denoiser
-    return DistributedDataParallel(denoiser, gradient_as_bucket_view=True,
-                                   forward_sync_buffers=False)
+    return DDP(denoiser, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
 def sync_gradients(model, now):
     """Whether the next backward pass averages the gradients."""
@@ -406,18 +401,19 @@ def sum_over_processes(tensor):
 
 def gather_state(denoiser, ema, optimizers):
     """Whole tensors, for a checkpoint."""
-    return dict(model=denoiser.state_dict(), ema=ema.state_dict(),
-                optimizer=[optimizer.state_dict() for optimizer in optimizers])
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    return dict(model=denoiser.state_dict(), ema=ema.state_dict(), optimizer=states)
 
 def restore_optimizers(optimizers, stored):
     """Give each optimizer the state of a checkpoint; rates and betas are those of this command."""
-    advice = "the run to resume had another optimizer: start from it with --init_from"
-    check(len(optimizers) == len(stored), advice)
-    for optimizer, saved in zip(optimizers, stored):
-        current = optimizer.state_dict()
-        names = [group["param_names"] for group in current["param_groups"]]
-        check(names == [group["param_names"] for group in saved["param_groups"]], advice)
-        optimizer.load_state_dict(current | dict(state=deepcopy(saved["state"])))
+
+    def names(states):
+        return [[group["param_names"] for group in state["param_groups"]] for state in states]
+
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    check(names(states) == names(stored), "the run had another optimizer: give --init_from instead")
+    for optimizer, state, saved in zip(optimizers, states, stored):
+        optimizer.load_state_dict(state | dict(state=deepcopy(saved["state"])))
 
 def save_on_rank0(path, checkpoint):
     """Replace the file as a whole; the one before stays as NAME.prev.pt."""
@@ -431,7 +427,6 @@ def leave():
         dist.destroy_process_group()
 
 # ---- What a run works with.
-
 def build(cfg, checkpoint, resumed, device):
     """New and old images, and the network and its average with the weights to start from."""
     known = []  # classes that the model knows already keep their numbers
@@ -448,18 +443,13 @@ def build(cfg, checkpoint, resumed, device):
         latent = checkpoint["architecture"]["latent"]
     config = ModelConfig(
         **{name: getattr(cfg, name) for name in NETWORK_SETTINGS},
-        image_size=meta["size"],
-        channels=meta["channels"],
-        latent=latent or (),
-        num_classes=num_classes,
-        consistency=cfg.loss == "consistency")
+        image_size=meta["size"], channels=meta["channels"], latent=latent or (),
+        num_classes=num_classes, consistency=cfg.loss == "consistency")
     torch.manual_seed(sample.seed_of(cfg.seed, 4))
     denoiser = Denoiser(config).to(device)
     if resumed:
-        for name, stored in checkpoint["architecture"].items():
-            now = getattr(config, name)
-            check(now == stored, f"the run to resume has {name} {stored}, but the settings and the "
-                  f"data say {now}: start from it with --init_from")
+        different = dict(checkpoint["architecture"].items() - asdict(config).items())
+        check(not different, f"the run to resume has {different}: give --init_from instead")
         denoiser.load_state_dict(checkpoint["model"])
     elif checkpoint:
         fresh = load_what_fits(denoiser, checkpoint[sample.WEIGHTS[cfg.init_weights]])
@@ -473,13 +463,12 @@ def build(cfg, checkpoint, resumed, device):
 def load_teacher(cfg, config, names, device):
     """The network of --distill_from, if its predictions mean the same as this one's."""
     teacher, stored = sample.load_denoiser(cfg.distill_from, "ema", device)
-    known = stored["class_names"] or []
-    same = [getattr(teacher.config, field) == getattr(config, field)
-            for field in ("image_size", "channels", "patch_size", "latent", "consistency")]
-    same_classes = known == names[: len(known)]
-    check(all(same) and same_classes and cfg.replay and cfg.loss == "diffusion",
-          f"--distill_from={cfg.distill_from} needs --replay, --loss=diffusion, and a model of the "
-          "same images, patches and classes")
+    known = stored["class_names"] if teacher.config.num_classes else []
+    same = all(getattr(teacher.config, field) == getattr(config, field) for field in (
+        "image_size", "channels", "patch_size", "latent", "consistency", "takes_all"))
+    same_classes = known == names[: len(known)] and len(known) <= config.num_classes
+    check(same and same_classes and cfg.replay and cfg.loss == "diffusion", "--distill_from needs "
+          "--replay, and a diffusion model of the same kind, images and classes")
     return teacher
 
 def weight_penalties(cfg, config, names, device, autocast):
@@ -492,23 +481,27 @@ def weight_penalties(cfg, config, names, device, autocast):
     for p in anchor.parameters():
         nn.init.zeros_(p)
     fresh = load_what_fits(anchor, stored[sample.WEIGHTS[cfg.init_weights]])
-    check(not fresh, f"--l2 and --ewc: {cfg.init_from} does not have these weights: {fresh}")
+    check(not fresh, f"--l2 and --ewc: {cfg.init_from} has no such weights as {fresh}")
     fisher = defaultdict(float)
     if cfg.ewc:
-        images = Images(cfg.ewc_data or stored["config"]["data"], "train", cfg.patch_size, names)
-        batch = to_device(fixed_batch(images, config), device)
+        folders = cfg.ewc_data or stored["config"].get("data")
+        check(folders, f"{cfg.init_from} does not say on what it was trained: give --ewc_data")
+        images = Images(folders, "train", cfg.patch_size, names)
+        check(images.meta["class_names"] in (None, names), f"{folders} has classes that are new")
+        batch = fixed_batch(images, config, device)
+        if config.num_classes:
+            batch["labels"][::10] = -1  # so that the null class counts, too
         fisher = fisher_information(anchor, batch, autocast)
     return {name: (p.detach(), cfg.l2 + cfg.ewc * fisher[name])
             for name, p in anchor.named_parameters()}
 
 def images_per_pass(num_images, num_tokens, config, device):
-    """How many images to process at once: all, or on a CPU as many as its caches hold, a divisor of
-    num_images."""
-    if device.type != "cpu":
-        return num_images
-    most = 2**20 // (num_tokens * config.dim)
-    divisors = [n for n in range(1, num_images + 1) if num_images % n == 0]
-    return max((n for n in divisors if n <= most), default=1)
+    """How many images to process at once: all, or on a CPU half of them, a quarter, ... until they
+    fit into its caches."""
+    if device.type == "cpu":
+        while num_images % 2 == 0 and num_images * num_tokens * config.dim > 2**20:
+            num_images //= 2
+    return num_images
 
 def start_loader(stream, step, device):
     """A thread that loads batches during the steps; and the first one, which it has loaded."""
@@ -523,14 +516,9 @@ def start_loader(stream, step, device):
     return loader, pending
 
 # ---- Parts of a step.
-
-def to_device(batch, device):
-    """A batch with all its tensors on the device."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-def slice_batch(batch, part):
-    """The images `part`, a slice, of a batch. The references are for all of them."""
-    return {name: tensor if name.startswith("reference") else tensor[part]
+def slice_batch(batch, start, size):
+    """Images start to start + size of a batch. The references are for all of them."""
+    return {name: tensor if "reference" in name else tensor[start : start + size]
             for name, tensor in batch.items()}
 
 def accumulate_gradients(model, teacher, batch, cfg, step, micro_batch, local_new):
@@ -539,7 +527,7 @@ def accumulate_gradients(model, teacher, batch, cfg, step, micro_batch, local_ne
     num_passes = local_batch // micro_batch
     means = defaultdict(float)
     for start in range(0, local_batch, micro_batch):
-        chunk = slice_batch(batch, slice(start, start + micro_batch))
+        chunk = slice_batch(batch, start, micro_batch)
         if teacher:
             chunk["target"] = distill_targets(teacher, chunk, local_new - start)
         sync_gradients(model, start + micro_batch == local_batch)  # only the last time
@@ -560,37 +548,59 @@ def update_ema(ema, denoiser, cfg, step):
     torch._foreach_lerp_(list(ema.parameters()), list(denoiser.parameters()), 1 - decay)
 
 @torch.no_grad()
-def evaluate(ema, validation, cfg, device, eval_batch):
-    """Mean loss of the averaged weights over the validation images of all processes."""
-    total = torch.zeros(2, device=device)  # sum of losses, number of images
+def evaluate(ema, validation, cfg, eval_batch):
+    """Mean loss of the averaged weights."""
+    losses = []
     for start in range(0, len(validation["clean"]), eval_batch):
-        chunk = slice_batch(validation, slice(start, start + eval_batch))
-        losses = objective(ema, to_device(chunk, device), cfg, cfg.steps - 1)
-        loss = sum(losses.values())
-        total += torch.stack([loss.sum(), torch.ones_like(loss).sum()])
-    loss_sum, num_images = sum_over_processes(total).tolist()
-    return loss_sum / num_images
+        chunk = slice_batch(validation, start, eval_batch)
+        losses.append(sum(objective(ema, chunk, cfg, cfg.steps - 1).values()))
+    return torch.cat(losses).mean().item()
 
-def log(cfg, step, **record):
-    """Add a line to log.jsonl. A second log (wandb, ...) belongs here."""
-    if RANK == 0:
-        with open(os.path.join(cfg.out_dir, "log.jsonl"), "a") as file:
-            file.write(json.dumps(dict(run=stage_of(cfg), step=step, **record)) + "\n")
+@contextmanager
+def open_log(cfg):
+    """-> log(step, **record), which adds a line to log.jsonl. A second log (wandb, ...) belongs
+    here. Meanwhile no other run can write to out_dir; a killed run leaves no lock behind."""
+    path = os.path.join(cfg.out_dir, "log.jsonl")
+    with open(path if RANK == 0 else os.devnull, "ab", buffering=0) as file:
+        try:
+            if RANK == 0 and fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            check(False, f"another run is writing to {cfg.out_dir}: give another --out_dir")
+        except OSError:
+            pass  # a file system without locks
+
+        def log(step, **record):
+            line = json.dumps(dict(run=stage_of(cfg), step=step, **record))
+            try:
+                file.write(f"{line}\n".encode())
+            except OSError as error:  # a full disk should not end the run before its checkpoint
+                warnings.warn(f"lines of {path} are lost: {error}")
+
+        yield log
 
 def due(step, every):
     """Whether what happens every so many steps (0 = never) happens after this many."""
     return every > 0 and step % every == 0
 
 # ---- The run.
-
 MAX_BAD_STEPS = 10  # in a row
 
 def main(argv):
+    check("RANK" in os.environ or os.environ.get("SLURM_NTASKS", "1") == "1", "srun starts runs "
+          "that know nothing of each other: let it start torchrun --nproc_per_node=GPUS train.py")
     cfg, checkpoint, resumed = parse(argv)
-    path = out_path(cfg, ".pt")
-    for taken in (path, previous(path)):
-        check(resumed or cfg.force or not os.path.exists(taken), f"{taken} is of an earlier run: "
+    for file in (out_path(cfg, ".pt"), previous(out_path(cfg, ".pt"))):
+        check(file not in (cfg.init_from, cfg.distill_from), f"the run would replace {file}, from "
+              "which it starts: give another --out_dir")
+        check(resumed or cfg.force or not os.path.exists(file), f"{file} is of an earlier run: "
               "continue it with --resume, give another --out_dir, or replace it with --force")
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    with open_log(cfg) as log:
+        train(cfg, checkpoint, resumed, log)
+
+def train(cfg, checkpoint, resumed, log):
+    path = out_path(cfg, ".pt")
     device, autocast = setup(cfg)
 
     images, denoiser, ema = build(cfg, checkpoint, resumed, device)
@@ -603,45 +613,33 @@ def main(argv):
         restore_optimizers(optimizers, checkpoint["optimizer"])
         step = checkpoint["step"]
     del checkpoint  # frees its tensors
-    if cfg.resume:
-        print0(f"--resume: {path} starts at step {step}")
 
-    teacher = None
-    if cfg.distill_from:
-        teacher = load_teacher(cfg, config, names, device)
-    penalties = {}
-    if cfg.l2 or cfg.ewc:
-        penalties = weight_penalties(cfg, config, names, device, autocast)
-    stream_device = device
-    if device.type == "mps":
-        stream_device = torch.device("cpu")  # a second thread crashes (pytorch issue 197805)
-    stream = Stream(images, len(Images(cfg.data)), cfg, config, stream_device, RANK, WORLD_SIZE)
-    num_tokens = stream.num_visible
-    if config.takes_all:
-        num_tokens = config.grid**2
+    teacher = load_teacher(cfg, config, names, device) if cfg.distill_from else None
+    penalized = cfg.l2 or cfg.ewc
+    penalties = weight_penalties(cfg, config, names, device, autocast) if penalized else {}
+    stream = Stream(images, len(Images(cfg.data)), cfg, config, device)
+    num_tokens = config.grid**2 if config.takes_all else stream.num_visible
     local_batch = cfg.batch_size // WORLD_SIZE
     micro_batch = cfg.micro_batch or images_per_pass(local_batch, num_tokens, config, device)
     check(cfg.batch_size % (WORLD_SIZE * micro_batch) == 0, f"batch_size {cfg.batch_size} is not "
-          f"divisible by {WORLD_SIZE} processes x micro_batch {micro_batch}")
+          f"a multiple of {WORLD_SIZE} processes x micro_batch {micro_batch}")
     eval_batch = images_per_pass(64, config.grid**2, config, device)
-    validation = fixed_batch(Images(cfg.data, "val", cfg.patch_size, names), config)
-    validation = slice_batch(validation, slice(RANK, None, WORLD_SIZE))
+    validation = fixed_batch(Images(cfg.data, "val", cfg.patch_size, names), config, device)
 
     def save(path):
         settings = {name: v for name, v in vars(cfg).items() if name not in NOT_STORED}
-        state = gather_state(denoiser, ema, optimizers)
-        save_on_rank0(path, dict(state, step=step, config=settings, architecture=asdict(config),
-                                 class_names=names or None, noise=NOISE, network=NETWORK))
+        about = dict(step=step, config=settings, architecture=asdict(config),
+                     class_names=names or None, noise=NOISE, network=NETWORK)
+        save_on_rank0(path, gather_state(denoiser, ema, optimizers) | about)
 
     parameters = list(denoiser.parameters())
     received = []  # signals to stop; the step that is running is finished first
     on_stop_signals(lambda number, frame: received.append(number))
-    os.makedirs(cfg.out_dir, exist_ok=True)
-    log(cfg, step, event="start", config=vars(cfg))
-    print0(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M weights on {WORLD_SIZE} x {device}, "
-           f"{stream.num_visible} of {config.grid**2} patches visible")
-    bar = progress_bar(total=cfg.steps, initial=step, desc=stage_of(cfg), disable=RANK > 0,
-                       unit="step")
+    log(step, event="start", config=vars(cfg))
+    num_weights = sum(p.numel() for p in parameters)
+    print0(f"{path} starts at step {step}: {num_weights / 1e6:.2f} M weights on {WORLD_SIZE} x "
+           f"{device}, {stream.num_visible} of {config.grid**2} patches visible")
+    bar = progress_bar(total=cfg.steps, initial=step, desc=stage_of(cfg), disable=RANK > 0)
     loader, pending = start_loader(stream, step, device)
     first_step = step
     seconds = 0.0  # of training, without reports
@@ -650,12 +648,15 @@ def main(argv):
 
     while step < cfg.steps and not stopping and bad_steps < MAX_BAD_STEPS:
         began = time.time()
-        batch = to_device(pending.result(), device)
+        batch = pending.result()
         pending = loader.submit(stream.load, step + 1)
         set_learning_rates(optimizers, cfg, step)
-        with autocast:  # around all passes, so that the weights are cast once
-            losses = accumulate_gradients(model, teacher, batch, cfg, step, micro_batch,
-                                          stream.local_new)
+        try:
+            with autocast:  # around all passes, so that the weights are cast once
+                losses = accumulate_gradients(
+                    model, teacher, batch, cfg, step, micro_batch, stream.local_new)
+        except torch.OutOfMemoryError:
+            check(False, f"out of memory: give a --micro_batch below {micro_batch}")
         norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
         # What all processes must agree on, in one sum: the losses, and whether any is to stop.
         asked_to_stop = torch.full_like(norm, len(received))
@@ -675,8 +676,8 @@ def main(argv):
             bad_steps = 0
         else:
             bad_steps += 1
-            log(cfg, step, event="skipped", loss=str(loss), grad_norm=str(grad_norm),
-                index=stream.index(step).tolist())
+            images = stream.index(step).tolist()
+            log(step, event="skipped", loss=str(loss), grad_norm=str(grad_norm), index=images)
             print0(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}")
         denoiser.zero_grad()
         step += 1
@@ -686,25 +687,26 @@ def main(argv):
         if due(step, cfg.log_every) and bad_steps == 0:
             rate = (step - first_step) * cfg.batch_size / seconds
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
-            log(cfg, step, loss=loss, **mean_losses, grad_norm=grad_norm,
+            log(step, loss=loss, **mean_losses, grad_norm=grad_norm,
                 lr=optimizers[0].param_groups[0]["lr"], images_per_s=rate, seconds=seconds)
         if step == cfg.steps or due(step, cfg.eval_every):
             with autocast:
-                val_loss = evaluate(ema, validation, cfg, device, eval_batch)
-            log(cfg, step, val_loss=val_loss)
+                val_loss = evaluate(ema, validation, cfg, eval_batch)
+            log(step, val_loss=val_loss)
             print0(f"step {step}: validation loss {val_loss:.4f}")
         if due(step, cfg.sample_every):
             batches = sample.generate(ema, range(16), seed=cfg.seed)
             grid = np.concatenate([images for _, images in batches])
             if RANK == 0:
                 sample.save_grid(out_path(cfg, f"_{step:07d}.png"), grid)
-        if bad_steps == 0 and due(step, cfg.save_every):
+        ending = stopping or step == cfg.steps
+        if ending and bad_steps < MAX_BAD_STEPS:
+            save(path)
+        elif bad_steps == 0 and due(step, cfg.save_every):
             save(path)
         if bad_steps == 0 and due(step, cfg.keep_every):
             save(out_path(cfg, f"-{step:07d}.pt"))
 
-    if bad_steps < MAX_BAD_STEPS:
-        save(path)
     bar.close()
     loader.shutdown(cancel_futures=True)
     del model  # DDP holds on to the process group

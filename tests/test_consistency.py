@@ -13,11 +13,13 @@ from conftest import TINY, make_dataset, mistake
 import model
 import sample
 import train
-from model import (Denoiser, Images, ModelConfig, consistency_loss, consistency_objective, consistency_step, load_checkpoint,
+from model import (Denoiser, ModelConfig, consistency_loss, consistency_objective, consistency_step, load_checkpoint,
                    posterior_mean)
+from prepare_data import Images
 
 MEAN, STD = 0.3, 0.7  # each coordinate ~ N(0.3, 0.7^2)
 CONFIG = ModelConfig(image_size=4, channels=1, patch_size=2, dim=8, depth=1, heads=1, consistency=True)
+PICTURES = replace(CONFIG, image_size=16, channels=3, patch_size=4)  # of conftest's data sets
 
 
 def ode(x, t, s):
@@ -37,7 +39,14 @@ class Exact:
 
 
 def settings(**changes):
-    return Namespace(**{**dict(steps=800, cm_stages=8, cm_q=2.0, cm_c=0.0, cm_weight="gap"), **changes})
+    usual = dict(steps=800, cm_stages=8, cm_q=2.0, cm_c=0.0, cm_weight="gap", decoder_depth=0)
+    return Namespace(**usual | changes)
+
+
+def loss_of(network, step, clean, noise, sigma, cfg=None, **batch):
+    """The consistency loss of each image, (b,)."""
+    batch |= dict(clean=clean, noise=noise, sigma=sigma)
+    return consistency_objective(network, batch, cfg or settings(), step)["consistency"]
 
 
 def draw(b=6, seed=0):
@@ -59,9 +68,8 @@ def test_the_exact_consistency_function_has_no_loss_along_the_exact_ode(monkeypa
             # The one straight step that ends where the ODE does: towards this image.
             goal = x_t - (t6 / (r - t6)).view(-1, 1, 1) * (x_r - x_t)
             monkeypatch.setattr(model, "posterior_mean", lambda *a: goal)
-            loss = consistency_objective(
-                Exact(), CONFIG, settings(cm_c=c, cm_weight=weight), 100 * stage,
-                clean, noise, t6, None, None, references=clean)
+            cfg = settings(cm_c=c, cm_weight=weight)
+            loss = loss_of(Exact(), 100 * stage, clean, noise, t6, cfg, references=clean)
             assert (loss * (t6 - r)).max() < 1e-8
 
 
@@ -74,17 +82,14 @@ def residuals(monkeypatch, goals, t=2.0):
         row = []
         for goal in goals(clean + t * noise):
             monkeypatch.setattr(model, "posterior_mean", lambda *a: goal)
-            loss = consistency_objective(
-                Exact(), CONFIG, settings(), 100 * stage, clean, noise, sigma,
-                None, None, references=clean)
+            loss = loss_of(Exact(), 100 * stage, clean, noise, sigma, references=clean)
             row.append(loss.item() * t * 2.0 ** -(stage + 1))
         rows.append(row)
     return np.array(rows)
 
 
 def test_with_the_analytic_posterior_mean_the_residual_is_of_second_order(monkeypatch):
-    exact = lambda x: [(STD**2 * x + 4 * MEAN) / (STD**2 + 4)]
-    found = residuals(monkeypatch, exact)[:, 0]
+    found = residuals(monkeypatch, lambda x: [(STD**2 * x + 4 * MEAN) / (STD**2 + 4)])[:, 0]
     order = np.polyfit(np.arange(5), np.log2(found), 1)[0]
     assert abs(order + 2) < 0.1
 
@@ -105,23 +110,21 @@ def test_ects_residual_is_of_first_order_and_vanishes_on_average_only():
     assert abs(orders[0] + 1) < 0.1 and abs(orders[1] + 2) < 0.1
 
 
-def test_posterior_mean_equals_loops_with_masks_and_classes():
+@pytest.mark.parametrize("classes", [False, True])
+def test_posterior_mean_equals_loops_over_images_and_references(classes):
     g = torch.Generator().manual_seed(0)
-    clean, noise = torch.randn(2, 3, 4, 5, generator=g)
+    y, noise = torch.randn(2, 3, 4, 5, generator=g)
     references = torch.randn(7, 4, 5, generator=g)
     sigma = torch.tensor([0.3, 1.0, 5.0])
-    allowed = torch.rand(3, 7, generator=g) < 0.5
-    for visible in (None, torch.tensor([[0, 2], [3, 1], [1, 2]])):
-        shown = torch.arange(4).expand(3, 4) if visible is None else visible
-        y = torch.stack([clean[j][shown[j]] for j in range(3)])
-        x = y + sigma.view(-1, 1, 1) * torch.stack([noise[j][shown[j]] for j in range(3)])
-        ours = posterior_mean(x, y, sigma, references, allowed, visible)
-        for j in range(3):
-            candidates = [y[j]] + [references[i][shown[j]] for i in range(7) if allowed[j, i]]
-            logs = [-((x[j] - v).double() ** 2).sum().item() / (2 * sigma[j].item() ** 2) for v in candidates]
-            weights = [math.exp(v - max(logs)) for v in logs]
-            expected = sum(w * v for w, v in zip(weights, candidates)) / sum(weights)
-            assert torch.allclose(ours[j], expected, atol=1e-5)
+    x = y + sigma.view(-1, 1, 1) * noise
+    allowed = torch.rand(3, 7, generator=g) < 0.5 if classes else None
+    ours = posterior_mean(x, y, sigma, references, allowed)
+    for j in range(3):
+        candidates = [y[j]] + [references[i] for i in range(7) if not classes or allowed[j, i]]
+        logs = [-((x[j] - v).double() ** 2).sum().item() / (2 * sigma[j].item() ** 2) for v in candidates]
+        weights = [math.exp(v - max(logs)) for v in logs]
+        expected = sum(w * v for w, v in zip(weights, candidates)) / sum(weights)
+        assert torch.allclose(ours[j], expected, atol=1e-5)
 
 
 def test_the_reference_target_goes_from_ects_to_the_posterior_mean_and_its_variance_falls():
@@ -140,7 +143,6 @@ def test_the_reference_target_goes_from_ects_to_the_posterior_mean_and_its_varia
             assert torch.equal(targets, y)
         if size == 4096:
             assert (targets - mean).abs().mean() < 0.02
-    print(variance)
     values = list(variance.values())
     assert abs(values[0] / deviation**2 - 1) < 0.15  # ECT's: that of the posterior itself
     assert all(b < a / 4 for a, b in zip(values, values[1:]))
@@ -166,7 +168,7 @@ def test_schedule_and_weights_have_the_values_computed_by_hand():
 def test_the_network_is_asked_twice_and_the_target_gets_no_gradient():
     torch.manual_seed(0)
     denoiser = Denoiser(CONFIG).double()
-    torch.nn.init.normal_(denoiser.net.head.weight)
+    torch.nn.init.normal_(denoiser.net.final_linear.weight)
     clean, noise = draw()
     sigma = torch.linspace(0.5, 20, 6, dtype=torch.float64)
     calls = []
@@ -175,7 +177,7 @@ def test_the_network_is_asked_twice_and_the_target_gets_no_gradient():
         calls.append(torch.is_grad_enabled())
         return denoiser(x, t, visible, labels)
 
-    loss = consistency_objective(counted, CONFIG, settings(), 300, clean, noise, sigma, None, None).mean()
+    loss = loss_of(counted, 300, clean, noise, sigma).mean()
     assert sorted(calls) == [False, True]
     ours = torch.autograd.grad(loss, list(denoiser.parameters()))
     r = sigma * (1 - 2.0**-4 * (1 + 8 * torch.sigmoid(-sigma)))
@@ -191,112 +193,175 @@ MASKED = ["--mask_ratio=0.5", "--mask_type=patch"]
 
 
 @pytest.mark.parametrize("extra", [
-    [], ["--ref_batch=9", "--class_cond", "--hflip"], [*MASKED, "--ref_batch=9"],
-    [*MASKED, "--ref_batch=9", "--route=0,1"], [*MASKED, "--cm_preset=imagenet64"]])
-def test_tuning_runs_resumes_and_is_sampled_by_the_right_rule(labelled, tmp_path, extra, capsys):
+    [], ["--ref_batch=9", "--class_cond", "--hflip"], MASKED, [*MASKED, "--route=0,1"],
+    ["--ref_batch=9", "--decoder_depth=1"], [*MASKED, "--preset=ect-imagenet64"]])
+def test_tuning_runs_resumes_and_is_sampled_by_the_right_rule(labelled, tmp_path, extra):
     base = [f"--data={labelled}", f"--out_dir={tmp_path}", "--batch_size=12"]
     train.main(base + TINY + ["--steps=4"] + ["--class_cond"] * ("--class_cond" in extra))
-    args = base + [*TINY[4:], "--loss=consistency", f"--init_from={tmp_path}/ft.pt", *extra]
-    train.main(args + ["--steps=6"])
+    args = base + [*TINY[4:], "--loss=consistency", f"--init_from={tmp_path}/ft.pt", "--steps=6", *extra]
+    train.main(args)
     whole = load_checkpoint(str(tmp_path / "cm.pt"))
-    train.main(args + ["--steps=6", "--save_every=3", f"--out_dir={tmp_path}/b"])
-    (tmp_path / "b/cm.prev.pt").replace(tmp_path / "b/cm.pt")
-    train.main([f"--out_dir={tmp_path}/b", "--resume"])
+    train.main(args + ["--keep_every=3", f"--out_dir={tmp_path}/b"])
+    (tmp_path / "b/cm-0000003.pt").replace(tmp_path / "b/cm.pt")
+    train.main(["--loss=consistency", f"--out_dir={tmp_path}/b", "--resume"])
     again = load_checkpoint(str(tmp_path / "b/cm.pt"))
     assert all(torch.equal(whole[k][n], again[k][n]) for k in ("model", "ema") for n in whole[k])
-    capsys.readouterr()
-    sample.main(["--ckpt", f"{tmp_path}/cm.pt", "--num=4", "--out", f"{tmp_path}/x.npz"])
-    assert "consistency 1" in capsys.readouterr().err
-    sample.main(["--ckpt", f"{tmp_path}/cm.pt", "--num=4", "--steps=2", "--out", f"{tmp_path}/y.npz"])
+    for flags in [], ["--steps=2"]:
+        sample.main(["--ckpt", f"{tmp_path}/cm.pt", "--num=4", f"--out={tmp_path}/x.npz", *flags])
     lines = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert math.isfinite([r["val_loss"] for r in lines if r["run"] == "cm" and "val_loss" in r][-1])
 
 
-@pytest.mark.parametrize("preset, gap", [("cifar10", 1 / 256), ("imagenet64", 1 / 256)])
-def test_on_a_gpu_pairs_end_as_close_as_in_the_papers_and_are_computed_in_float32(monkeypatch, preset, gap):
-    monkeypatch.setattr(sample, "pick_device", lambda name, rank=0: torch.device("cuda", 0))
-    cfg, _, _ = train.parse(["--loss=consistency", f"--cm_preset={preset}"])
-    assert cfg.dtype == "float32" and cfg.cm_q ** -cfg.cm_stages == gap
+def test_references_are_for_whole_images(dataset, tmp_path):
+    args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--batch_size=12", "--loss=consistency", *TINY]
+    assert "--mask_ratio" in mistake(train.main, *args, *MASKED, "--ref_batch=9")
+
+
+def pretend(monkeypatch, device):
+    monkeypatch.setattr(sample, "pick_device", lambda name: torch.device(device))
+
+
+@pytest.mark.parametrize("preset", ["ect-cifar10", "ect-imagenet64"])
+def test_pairs_end_as_close_as_in_the_papers_and_are_computed_in_float32(monkeypatch, preset):
+    pretend(monkeypatch, "cuda")
+    cfg, _, _ = train.parse(["--loss=consistency", f"--preset={preset}"])
+    assert cfg.dtype == "float32"
+    assert cfg.cm_q**-cfg.cm_stages == 1 / 256
 
 
 def test_on_a_cpu_the_average_keeps_up_with_a_short_tuning(monkeypatch):
-    monkeypatch.setattr(sample, "pick_device", lambda name, rank=0: torch.device("cpu"))
+    pretend(monkeypatch, "cpu")
     cfg, _, _ = train.parse(["--loss=consistency"])
     assert cfg.ema ** (cfg.steps / cfg.cm_stages) < 0.3  # of what the average was when the last stage began
     assert train.parse(["--loss=consistency", "--ema=0.9"])[0].ema == 0.9
 
 
 @pytest.mark.parametrize("preset, official", [
-    ("cifar10", dict(optimizer="radam", lr=1e-4, beta1=0.9, beta2=0.999, lr_schedule="constant", ema=0.9999,
-                     steps=200_000, p_mean=-1.1, p_std=2.0, cm_q=2, cm_c=0, cm_weight="gap")),
-    ("imagenet64", dict(optimizer="adamw", lr=1e-3, beta1=0.9, beta2=0.99, lr_schedule="rsqrt", ema=0.9999,
-                        steps=100_000, p_mean=-0.8, p_std=1.6, cm_q=4, cm_c=0.06, cm_weight="edm"))])
-def test_presets_are_the_settings_of_the_official_code(monkeypatch, preset, official):
-    official |= dict(batch_size=128, weight_decay=0, grad_clip=0, warmup=0, hflip=False, class_cond=False)
-    monkeypatch.setattr(sample, "pick_device", lambda name, rank=0: torch.device("cuda", 0))
-    cfg, _, _ = train.parse(["--loss=consistency", f"--cm_preset={preset}"])
-    assert {k: getattr(cfg, k) for k in official} == official
+    ("ect-cifar10", dict(
+        optimizer="radam", lr=1e-4, beta1=0.9, beta2=0.999, lr_schedule="constant", ema=0.9999, steps=200_000,
+        p_mean=-1.1, p_std=2.0, cm_q=2, cm_c=0, cm_weight="gap", mid_sigma=0.821)),
+    ("ect-imagenet64", dict(
+        optimizer="adamw", lr=1e-3, beta1=0.9, beta2=0.99, lr_schedule="rsqrt", ema=0.9999, steps=100_000,
+        p_mean=-0.8, p_std=1.6, cm_q=4, cm_c=0.06, cm_weight="edm", mid_sigma=1.526))])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_presets_are_the_settings_of_the_official_code(monkeypatch, preset, official, device):
+    usual = dict(batch_size=128, weight_decay=0, grad_clip=0, warmup=0, hflip=False, class_cond=False)
+    pretend(monkeypatch, device)
+    cfg, _, _ = train.parse(["--loss=consistency", f"--preset={preset}"])
+    assert vars(cfg).items() >= (official | usual).items()
+
+
+def test_a_model_is_sampled_in_one_step_or_two_from_the_level_it_was_tuned_for(dataset, tmp_path, monkeypatch):
+    args = [f"--data={dataset}", f"--out_dir={tmp_path}", "--loss=consistency", "--batch_size=12", "--steps=1", *TINY]
+    train.main([*args, "--preset=ect-imagenet64"])
+    asked = []
+    monkeypatch.setitem(sample.SAMPLERS, "consistency",
+                        lambda denoise, x, sigmas, draw: (asked.append(sigmas), x)[1])
+    for flags in [], ["--steps=2"], ["--steps=2", "--mid_sigma=3"]:
+        sample.main(["--ckpt", f"{tmp_path}/cm.pt", "--num=1", "--device=cpu", f"--out={tmp_path}/x.png", *flags])
+    assert [pytest.approx(sigmas) for sigmas in asked] == [[80, 0], [80, 1.526, 0], [80, 3, 0]]
+
+
+def stream_of(images, *flags, num_new=None, classes=0):
+    cfg, _, _ = train.parse(["--loss=consistency", "--device=cpu", *flags])
+    config = replace(PICTURES, num_classes=classes)
+    return train.Stream(images, num_new or len(images), cfg, config, torch.device("cpu"))
+
+
+def record_reads(stream, monkeypatch):
+    """A list of the image numbers of each call to the stream's `read`."""
+    read, numbers = stream.read, []
+    monkeypatch.setattr(stream, "read", lambda index, *rest: (numbers.append(index), read(index, *rest))[1])
+    return numbers
 
 
 @pytest.mark.parametrize("batch, references", [(10, 61), (40, 9), (7, 8)])
-def test_references_are_of_the_sources_and_classes_in_the_batch(tmp_path, batch, references):
+def test_references_are_of_the_classes_in_the_batch(tmp_path, monkeypatch, batch, references):
     sets = [str(make_dataset(tmp_path / name, n=300, classes=n)) for name, n in (("new", 50), ("old", 3))]
     images = Images(",".join(sets), "train", 4)
-    cfg, _, _ = train.parse(["--loss=consistency", f"--batch_size={batch}", f"--ref_batch={references}",
-                             "--replay_frac=0.3", "--label_dropout=0", "--replay=old", "--hflip"])
-    for classes in (50, 0):
-        config = replace(CONFIG, image_size=16, channels=3, patch_size=4, num_classes=classes)
-        stream, drawn = train.Stream(images, 300, cfg, config, torch.device("cpu")), []
-        read = stream.read
-        stream.read = lambda index, *rest: (drawn.append(index), read(index, *rest))[1]
-        for step in range(30):
-            drawn.clear()
-            load = stream.load(step)
-            index, chosen = drawn
-            labels = images.labels
-            kinds = lambda i: list(zip(labels[i] * (classes > 0), i >= 300))
-            assert len(chosen) == references - 1 and {*kinds(chosen)} <= {*kinds(index)}
-            assert references < batch or {*kinds(chosen)} == {*kinds(index)}  # every image has some of its own
-            assert np.array_equal(load["reference_labels"], labels[chosen])
+    stream = stream_of(images, f"--batch_size={batch}", f"--ref_batch={references}", "--replay_frac=0.3",
+                       "--label_dropout=0", "--replay=old", "--hflip", num_new=300, classes=50)
+    read = record_reads(stream, monkeypatch)
+    for step in range(30):
+        read.clear()
+        loaded = stream.load(step)
+        index, chosen = read
+        assert np.array_equal(index, stream.index(step))
+        own, of_references = set(images.labels[index]), images.labels[chosen]
+        assert len(chosen) == references - 1 and set(of_references) <= own
+        if references > batch:  # then every image has some of its own class
+            assert set(of_references) == own
+        assert np.array_equal(loaded["reference_labels"], of_references)
+        assert loaded["references"].shape == (references - 1, 16, 48)
 
 
-def test_references_are_drawn_evenly_from_a_class(tmp_path):
-    sets = Images(str(make_dataset(tmp_path / "set", n=40, classes=2)), "train", 4)
-    cfg, _, _ = train.parse(["--loss=consistency", "--batch_size=8", "--ref_batch=401"])
-    config = replace(CONFIG, image_size=16, channels=3, patch_size=4, num_classes=2)
-    stream, counts = train.Stream(sets, 40, cfg, config, torch.device("cpu")), np.zeros(40)
-    stream.read = lambda index, flip: (np.add.at(counts, index, 1), (torch.zeros(1), torch.zeros(1)))[1]
+def test_references_of_a_batch_of_one_class_are_of_that_class(tmp_path, monkeypatch):
+    images = Images(str(make_dataset(tmp_path / "set", n=60, classes=3)), "train", 4)
+    stream = stream_of(images, "--batch_size=8", "--ref_batch=31", classes=3)
+    for label in range(3):
+        monkeypatch.setattr(stream, "index", lambda step: np.flatnonzero(images.labels == label)[:8])
+        assert stream.references(0)["reference_labels"].tolist() == [label] * 30
+
+
+def test_references_of_a_model_without_classes_are_of_all_images(tmp_path, monkeypatch):
+    """The mean is over all images that may lie behind the noise, whatever labels the data set has."""
+    images = Images(str(make_dataset(tmp_path / "set", n=300, classes=50)), "train", 4)
+    stream = stream_of(images, "--batch_size=4", "--ref_batch=101")
+    read = record_reads(stream, monkeypatch)
+    stream.references(0)
+    assert len(set(images.labels[read[0]])) > 20
+
+
+def test_references_have_the_batchs_share_of_old_images(tmp_path, monkeypatch):
+    """The mean is over what is trained on: a small buffer that is half of each batch is half of it."""
+    sets = [str(make_dataset(tmp_path / f"of{n}", n=n)) for n in (300, 20)]
+    images = Images(",".join(sets), "train", 4)
+    stream = stream_of(images, "--batch_size=8", "--ref_batch=101", "--replay=of20", num_new=300)
+    read = record_reads(stream, monkeypatch)
+    stream.references(0)
+    assert sum(read[0] >= 300) == pytest.approx(50, abs=20)
+
+
+def test_references_are_drawn_evenly_from_a_class(tmp_path, monkeypatch):
+    images = Images(str(make_dataset(tmp_path / "set", n=40, classes=2)), "train", 4)
+    stream = stream_of(images, "--batch_size=8", "--ref_batch=401", classes=2)
+    monkeypatch.setattr(stream, "read", lambda index, *rest: index)
+    counts = np.zeros(40)
     for step in range(100):
-        stream.references(step)
-    share = counts / counts.sum()  # 40,000 draws, 1,000 of each image: deviation 3 %, and of the classes' shares
-    assert abs(share * 40 - 1).max() < 0.15
+        np.add.at(counts, stream.references(step)["references"], 1)
+    # 40,000 draws, 1,000 of each image: a deviation of 3 %, and that of the classes' shares.
+    assert abs(counts / 1000 - 1).max() < 0.15
 
 
 @pytest.mark.parametrize("q, stages", [(2, 8), (4, 4), (2, 4), (256, 1)])
 def test_the_gap_of_the_last_stage_is_q_to_the_minus_stages(q, stages):
     t = torch.full((6,), 1e4, dtype=torch.float64)  # where the sigmoid is nothing
-    asked, (clean, noise) = Exact(), draw()
-    consistency_objective(asked, CONFIG, settings(cm_stages=stages, cm_q=float(q)), 799, clean, noise, t,
-                          None, None)
-    r = asked.calls[0][0]
+    network = Exact()
+    loss_of(network, 799, *draw(), t, settings(cm_stages=stages, cm_q=float(q)))
+    r = network.calls[0][0]
     assert (1 - r / 1e4).tolist() == pytest.approx([q**-stages] * 6, rel=1e-3)
 
 
-def test_consistency_sampling_of_one_and_two_steps(monkeypatch):
+def test_consistency_sampling_of_one_and_two_steps():
     asked = []
 
     def denoise(x, sigma):
-        asked.append(sigma)
+        asked.append((sigma, x))
         return torch.full_like(x, 0.5)
 
     noise = torch.ones(3)
-    for steps, mid, levels in ((1, 0.821, [80.0]), (2, 0.821, [80.0, 0.821]), (2, 3.0, [80.0, 3.0]),
+    for steps, mid, levels in ((None, 0.821, [80.0]), (2, 0.821, [80.0, 0.821]), (2, 3.0, [80.0, 3.0]),
                                (3, 0.8, [80.0, 8.0, 0.8])):
         asked.clear()
         kind, sigmas = sample.noise_levels(ModelConfig(consistency=True), None, steps, mid)
-        sample.sample_loop(denoise, noise, sigmas, kind, draw=lambda: noise)
-        assert kind == "consistency" and np.allclose(asked, levels)
-    assert sample.noise_levels(ModelConfig())[0] == "heun" and len(sample.noise_levels(ModelConfig())[1]) == 19
+        assert kind == "consistency"
+        x = sample.consistency(denoise, 80 * noise, sigmas, lambda: noise)
+        assert np.allclose([sigma for sigma, _ in asked], levels)
+        # What is denoised after the first step is its answer with fresh noise of that level.
+        assert all(torch.allclose(given, 0.5 + sigma * noise) for sigma, given in asked[1:])
+        assert torch.equal(x, 0.5 * noise)
+    kind, sigmas = sample.noise_levels(ModelConfig())
+    assert kind == "heun" and len(sigmas) == 19
 
 
 def test_mistakes_get_a_sentence(dataset, tmp_path):

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import make_dataset, mistake, run_two, save_checkpoint
+from conftest import make_dataset, mistake
 from PIL import Image
 
 import fid
 import model
 import sample
+from fid import Conv, Mixed
+from model import save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
@@ -93,15 +95,26 @@ def measure(capsys):
 @pytest.fixture(scope="module")
 def inception():
     network = fid.Inception().eval().requires_grad_(False)
-    return network, fid.random_weights(network)
+    fid.random_weights(network)
+    return network
+
+
+def public_file(network, path):
+    """Weights in a file of the public layout, which has the classifier, too."""
+    torch.save(network.state_dict() | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, path)
+    return str(path)
+
+
+def load_features(features, weights=None):
+    return fid.load_features(SimpleNamespace(features=features, weights=weights, device="cpu", dtype="float32"))
 
 
 def test_inception_has_the_keys_and_the_number_of_values_of_the_public_file(inception):
-    state = inception[0].state_dict()
+    state = inception.state_dict()
     learnt = [v.numel() for k, v in state.items() if "running" not in k and "tracked" not in k]
-    assert sum(learnt) == 23_850_960
+    assert sum(learnt) + 2048 * 1008 + 1008 == 23_850_960  # with the classifier
     assert sum(v.numel() for k, v in state.items() if "running" in k) == 34_432
-    assert len(state) == 566  # 94 convolutions, each with 5 entries of batch norm, and fc
+    assert len(state) == 564  # 94 convolutions, each with 5 entries of batch norm
     parts = ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.num_batches_tracked")
     shapes = {
         "Conv2d_1a_3x3": (32, 3, 3, 3),
@@ -120,7 +133,6 @@ def test_inception_has_the_keys_and_the_number_of_values_of_the_public_file(ince
     for key, shape in shapes.items():
         assert state[f"{key}.conv.weight"].shape == shape, key
         assert all(f"{key}.{part}" in state for part in parts)
-    assert state["fc.weight"].shape == (1008, 2048)
 
 
 def test_inception_layers_have_the_shapes_of_the_paper():
@@ -131,13 +143,12 @@ def test_inception_layers_have_the_shapes_of_the_paper():
     y = network(torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device="meta"))
     assert y.shape == (2, 2048)
     assert list(seen.values()) == [
-        (32, 149, 149), (32, 147, 147), (64, 147, 147), (80, 73, 73), (192, 71, 71),
+        (32, 149, 149), (32, 147, 147), (64, 147, 147), (64, 73, 73), (80, 73, 73), (192, 71, 71), (192, 35, 35),
         (256, 35, 35), (288, 35, 35), (288, 35, 35),
         (768, 17, 17), (768, 17, 17), (768, 17, 17), (768, 17, 17), (768, 17, 17),
         (1280, 8, 8), (2048, 8, 8), (2048, 8, 8)]  # fmt: skip
-    assert list(seen)[5:] == [
-        f"Mixed_{stage}{k}" for stage, ks in ((5, "bcd"), (6, "abcde"), (7, "abc")) for k in ks
-    ]
+    mixed = [f"Mixed_{stage}{k}" for stage, ks in ((5, "bcd"), (6, "abcde"), (7, "abc")) for k in ks]
+    assert list(seen)[-11:] == mixed
 
 
 def test_average_pools_leave_padding_out_and_the_last_block_takes_the_maximum(inception):
@@ -145,72 +156,71 @@ def test_average_pools_leave_padding_out_and_the_last_block_takes_the_maximum(in
     expected = torch.tensor([[3, 3.5, 4], [4.5, 5, 5.5], [6, 6.5, 7]])  # corner: mean of 1 2 4 5
     highest = torch.tensor([[5.0, 6, 6], [8, 9, 9], [8, 9, 9]])
     for pool, pooled in ((fid.avg_pool, expected), (fid.max_pool, highest)):
-        block = fid.Mixed(1, pool, "1x1 1@1, _pool 1@1").eval().requires_grad_(False)
-        block.branch1x1.conv.weight.fill_(1.001**0.5)  # cancels batch norm's epsilon
-        block.branch_pool.conv.weight.fill_(1.001**0.5)
+        block = Mixed(pool, branch1x1=[Conv(1, 1, 1)], branch_pool=[Conv(1, 1, 1)]).eval().requires_grad_(False)
+        for conv in block.branch1x1, block.branch_pool:
+            conv.conv.weight.fill_(1.001**0.5)  # cancels batch norm's epsilon
         torch.testing.assert_close(block(x)[0], torch.stack([x[0, 0], pooled]))
-    halved = fid.Mixed(1, fid.halve, "3x3 2@3/2").eval()(x)
+    halved = Mixed(fid.halve, branch3x3=[fid.half_conv(1, 2)], branch_pool=[]).eval()(x)
     assert halved.shape == (1, 3, 1, 1) and halved[0, 2, 0, 0] == 9  # pooled input comes last
-    blocks = [layer for layer in inception[0].children() if isinstance(layer, fid.Mixed)]
+    blocks = [layer for layer in inception.children() if isinstance(layer, Mixed)]
     a, m, h = fid.avg_pool, fid.max_pool, fid.halve
     assert [block.pool for block in blocks] == [a, a, a, h, a, a, a, a, h, a, m]
 
 
+def test_parallel_convolutions_lie_side_by_side():
+    """Branches of two convolutions, the second of which is forked, as in the last blocks."""
+    block = Mixed(fid.avg_pool, branch3x3=[Conv(2, 3, 1), (Conv(3, 4, (1, 3)), Conv(3, 5, (3, 1)))])
+    block.eval().requires_grad_(False)
+    x = torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    middle = block.branch3x3_1(x)
+    expected = torch.cat([block.branch3x3_2a(middle), block.branch3x3_2b(middle)], dim=1)
+    assert torch.equal(block(x), expected) and expected.shape == (2, 9, 6, 6)
+
+
 def test_random_weights_are_he_normal_from_pcg64_and_keep_the_scale(inception):
-    network, digest = inception
     draw = np.random.Generator(np.random.PCG64(0)).standard_normal((32, 3, 3, 3), np.float32)
-    first = network.Conv2d_1a_3x3.conv.weight.numpy()
+    first = inception.Conv2d_1a_3x3.conv.weight.numpy()
     np.testing.assert_allclose(first, draw * (2 / 27) ** 0.5, rtol=1e-6)
-    for m in network.modules():
+    for m in inception.modules():
         if isinstance(m, torch.nn.Conv2d) and m.weight.numel() > 1e5:
             assert m.weight.var().item() * m.weight[0].numel() == pytest.approx(2, rel=0.03)
-    weights = [m.weight.numpy() for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
-    assert digest == hashlib.sha256(b"".join(w.tobytes() for w in weights)).hexdigest()
 
 
 def test_folded_network_equals_the_plain_one_alone_and_in_a_batch(inception):
     x = torch.from_numpy(images(2, 32)).permute(0, 3, 1, 2)
-    plain = inception[0](x)
-    settings = SimpleNamespace(features="random", weights=None, device="cpu", dtype="float32")
+    plain = inception(x)
     with torch.no_grad():
-        folded = fid.load_features(settings)
+        folded, identity = load_features("random")
         both, alone = folded(x), folded(x[:1])
     torch.testing.assert_close(both, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
     torch.testing.assert_close(alone, both[:1], rtol=1e-4, atol=1e-5 * plain.abs().max().item())
-    assert folded.identity == f"random_fd {inception[1]}"
+    assert identity.startswith("random_fd ")
     assert 0.01 < plain.std() < 100 and plain.std(0).mean() > 1e-3
 
 
 def test_any_file_with_the_right_keys_is_loaded_and_its_hash_told(inception, tmp_path):
-    path = tmp_path / "weights.pth"
-    state = inception[0].state_dict()
-    torch.save(state, path)
-    settings = SimpleNamespace(
-        features="inception", weights=str(path), device="cpu", dtype="float32"
-    )
-    assert (
-        fid.load_features(settings).identity
-        == f"fid {hashlib.sha256(path.read_bytes()).hexdigest()}"
-    )
+    path = public_file(inception, tmp_path / "weights.pth")
+    net, identity = load_features("inception", path)
+    assert identity == f"fid {hashlib.sha256((tmp_path / 'weights.pth').read_bytes()).hexdigest()}"
+    x = torch.from_numpy(images(1, 32)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(net(x), inception(x), rtol=1e-4, atol=1e-4)
+    state = torch.load(path, weights_only=True)
     state["extra.weight"] = state.pop("Mixed_7c.branch_pool.bn.weight")
     torch.save(state, path)
-    with pytest.raises(SystemExit, match="Mixed_7c.branch_pool.bn.weight"):
-        fid.load_features(settings)
+    assert "Mixed_7c.branch_pool.bn.weight" in mistake(lambda args: load_features(*args), "inception", path)
 
 
 def test_a_download_with_another_hash_leaves_nothing(inception, tmp_path, hub, monkeypatch):
     release = tmp_path / "release.pth"
-    torch.save(inception[0].state_dict(), release)
+    public_file(inception, release)
     monkeypatch.setattr(fid, "WEIGHTS_URL", release.as_uri())
-    settings = SimpleNamespace(features="inception", weights=None, device="cpu", dtype="float32")
-    with pytest.raises(SystemExit, match="hash"):
-        fid.load_features(settings)
+    assert "hash" in mistake(lambda args: load_features(*args), "inception")
     assert list((hub / "hub" / "checkpoints").iterdir()) == []
     monkeypatch.setattr(fid, "WEIGHTS_SHA256", hashlib.sha256(release.read_bytes()).hexdigest())
-    fid.load_features(settings)
+    load_features("inception")
     assert (hub / "hub" / "checkpoints" / "release.pth").read_bytes() == release.read_bytes()
     release.unlink()  # from now on the cache serves
-    fid.load_features(settings)
+    load_features("inception")
 
 
 def test_without_network_and_file_one_sentence_says_what_to_do(tmp_path, monkeypatch):
@@ -298,19 +308,22 @@ def test_frechet_distance_of_points_is_the_distance_of_means():
     assert fid.frechet_distance(np.ones(3), zero, np.zeros(3), zero) == 3
 
 
-def test_merged_moments_are_exact_where_raw_sums_of_squares_fail():
-    small = np.random.default_rng(0).integers(-50, 50, (5000, 6)).astype(np.float64)
-    exact = np.cov(small.T)  # of small integers
-    total, raw = None, [np.zeros(6), np.zeros((6, 6))]
-    for part in np.array_split(small + 1e9, 137):
-        x = torch.from_numpy(part)
-        mean = x.mean(0)
-        total = fid.merge(total, (len(x), mean, (x - mean).T @ (x - mean)))
-        raw = [raw[0] + part.sum(0), raw[1] + part.T @ part]
-    np.testing.assert_allclose(total[2].numpy() / 4999, exact, rtol=1e-6, atol=1e-6 * exact.max())
-    np.testing.assert_allclose(total[1].numpy(), 1e9 + small.mean(0), rtol=1e-14)
-    naive = (raw[1] - np.outer(raw[0], raw[0]) / 5000) / 4999
-    assert np.abs(naive - exact).max() > 0.1 * exact.max()
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e4])
+def test_moments_are_accurate_where_sums_in_single_precision_are_not(tmp_path, offset):
+    """Features of deviation 1 around a large mean, in several batches, against two-pass moments."""
+    x = np.random.default_rng(0).normal(size=(5000, 6)) @ np.diag([1, 0.5, 1, 2, 1, 1]) + offset
+    x = torch.from_numpy(x).float()  # what a network gives
+    source = fid.Source("x", {}, len(x), lambda numbers: (np.full((1, 1, 3), i // 20, np.uint8) for i in numbers))
+    rows = iter(x.split(64))
+    fid.measure(source, lambda batch: next(rows), "fd x", SimpleNamespace(batch_size=64, device="cpu", keep=True))
+    exact = np.cov(x.double().numpy().T)
+    np.testing.assert_allclose(source.mu, x.double().numpy().mean(0), rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(source.sigma, exact, rtol=1e-6, atol=1e-6)
+    assert torch.equal(source.features, x) and source.num == 5000
+    distance = fid.frechet_distance(source.mu, source.sigma, source.mu + 0.5, exact)
+    assert distance == pytest.approx(6 * 0.5**2, rel=1e-5)
+    single = (x.T @ x / 5000 - torch.outer(x.mean(0), x.mean(0))).numpy()
+    assert offset == 0 or np.abs(single - exact).max() > 1e-3
 
 
 def test_kid_is_the_double_loop_over_pairs():
@@ -359,7 +372,7 @@ def test_precision_and_recall_are_those_of_a_brute_force_search():
 # The command.
 
 
-def test_figures_do_not_depend_on_batch_size_order_or_processes(measure, net, tmp_path):
+def test_figures_do_not_depend_on_batch_size_or_order(measure, net, tmp_path):
     x, y = images(23, seed=1), images(19, seed=2)
     a, b = npz(tmp_path / "a.npz", x), npz(tmp_path / "b.npz", y)
     fx, fy = features(x), features(y)
@@ -367,21 +380,23 @@ def test_figures_do_not_depend_on_batch_size_order_or_processes(measure, net, tm
     exact = fid.frechet_distance(fx.mean(0), np.cov(fx.T), fy.mean(0), np.cov(fy.T))
     settings = ["--features", net, "--metrics=fid,kid,pr", "--kid_size=10"]
     found = [measure(a, b, *settings, f"--batch_size={size}") for size in (1, 7, 64)]
-    found.append(
-        measure(npz(tmp_path / "r.npz", x[::-1]), npz(tmp_path / "s.npz", y[::-1]), *settings)
-    )
-    two = run_two(tmp_path, "fid", a, b, *settings, "--json", "--device=cpu")
-    assert two.returncode == 0, two.stderr
-    found.append(json.loads(two.stdout.splitlines()[-1]))
+    found.append(measure(npz(tmp_path / "r.npz", x[::-1]), npz(tmp_path / "s.npz", y[::-1]), *settings))
     for result in found:
         assert (result["a"]["n"], result["b"]["n"]) == (23, 19)  # the last partial batch counts
         assert abs(result["fd"] - exact) < 1e-5 * scale
-        assert (result["precision"], result["recall"]) == (
-            found[0]["precision"],
-            found[0]["recall"],
-        )
-    for result in (*found[:3], found[4]):
+        assert (result["precision"], result["recall"]) == (found[0]["precision"], found[0]["recall"])
+    for result in found[:3]:
         assert result["kid"] == pytest.approx(found[0]["kid"], rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_same_images_in_another_order_are_at_no_distance_and_never_at_a_negative_one(measure, net, tmp_path, seed):
+    x = images(30 if seed else 5, seed=seed)  # 5: fewer than there are features
+    order = np.random.default_rng(seed).permutation(len(x))
+    a, b = npz(tmp_path / "a.npz", x), npz(tmp_path / "b.npz", x[order])
+    scale = np.trace(np.cov(features(x).T))
+    for pair in (a, b), (b, a), (a, a):
+        assert 0 <= measure(*pair, "--features", net, "--batch_size=7")["fd"] < 1e-9 * scale
 
 
 def test_a_reference_batch_counts_by_its_statistics_for_fid_and_by_its_images_for_the_rest(measure, net, tmp_path):
@@ -389,26 +404,21 @@ def test_a_reference_batch_counts_by_its_statistics_for_fid_and_by_its_images_fo
     rng = np.random.default_rng(0)
     mu, a = rng.standard_normal(features(x).shape[1]), rng.standard_normal((features(x).shape[1],) * 2)
     sigma = a @ a.T
-    np.savez(tmp_path / "adm.npz", arr_0=x, mu=mu, sigma=sigma, arr_1=np.zeros(40, int))
+    identity = f"fd {fid.file_hash(net)}"
+    np.savez(tmp_path / "adm.npz", arr_0=x, mu=mu, sigma=sigma, arr_1=np.zeros(40, int), net=identity)
     other = npz(tmp_path / "b.npz", y)
-    found = measure(tmp_path / "adm.npz", other, "--features", net, "--metrics=fid,kid,pr", "--kid_size=20")
+    settings = ["--features", net, "--metrics=fid,kid,pr", "--kid_size=20"]
+    found = measure(tmp_path / "adm.npz", other, *settings)
     fy = features(y)
-    exact = np.sum((mu - fy.mean(0)) ** 2) + np.trace(sigma + np.cov(fy.T)) - 2 * np.trace(
-        scipy.linalg.sqrtm(sigma @ np.cov(fy.T)).real)
+    root = scipy.linalg.sqrtm(sigma @ np.cov(fy.T)).real
+    exact = np.sum((mu - fy.mean(0)) ** 2) + np.trace(sigma + np.cov(fy.T)) - 2 * np.trace(root)
     assert found["fd"] == pytest.approx(exact, rel=1e-4)
-    plain = measure(npz(tmp_path / "a.npz", x), other, "--features", net, "--metrics=fid,kid,pr", "--kid_size=20")
+    plain = measure(npz(tmp_path / "a.npz", x), other, *settings)
     for name in ("kid", "precision", "recall"):
         assert found[name] == pytest.approx(plain[name], rel=1e-6)
     assert found["fd"] != pytest.approx(plain["fd"], rel=0.1)
-    assert "statistics for FID, images for KID" in found["a"]["kind"] and found["a"]["n"] == 40
-    alone = measure(tmp_path / "adm.npz", other, "--features", net)
-    assert alone["fd"] == found["fd"]
-
-
-def test_images_of_two_sizes_are_compared_with_a_warning(measure, net, tmp_path):
-    a, b = npz(tmp_path / "a.npz", images(9)), npz(tmp_path / "b.npz", images(9).repeat(2, 1).repeat(2, 2))
-    assert any("different sizes" in w for w in measure(a, b, "--features", net)["warnings"])
-    assert not any("different sizes" in w for w in measure(a, a, "--features", net)["warnings"])
+    assert found["a"]["kind"] == "statistics" and found["a"]["n"] == 40
+    assert measure(tmp_path / "adm.npz", other, "--features", net)["fd"] == found["fd"]
 
 
 def test_fewer_images_of_a_source_are_evenly_spaced(measure, net, tmp_path):
@@ -419,11 +429,12 @@ def test_fewer_images_of_a_source_are_evenly_spaced(measure, net, tmp_path):
         assert abs(result["fd"]) < 1e-6 and result["b"]["n"] == 3
 
 
-def test_an_unreadable_file_is_told_before_any_feature_is_computed(net, tmp_path, monkeypatch):
+def test_an_unreadable_file_is_told_by_name_and_nothing_is_written(net, tmp_path):
     source = folder(tmp_path / "tree", images(9))
     (tmp_path / "tree/0008.png").write_bytes(b"no image")
-    monkeypatch.setattr(fid, "measure", lambda *args: pytest.fail("the pass began"))
-    assert "0008.png" in mistake(fid.main, source, source, "--features", net, "--device=cpu")
+    stats = tmp_path / "stats.npz"
+    assert "0008.png" in mistake(fid.main, source, "--stats", stats, "--features", net, "--device=cpu")
+    assert not stats.exists()
 
 
 def test_every_kind_of_source_gives_the_same_features(measure, net, tmp_path):
@@ -434,10 +445,30 @@ def test_every_kind_of_source_gives_the_same_features(measure, net, tmp_path):
     for source in (as_folder, as_zip, npz(tmp_path / "x.npz", x)):
         result = measure(data, source, "--features", net)
         assert abs(result["fd"]) < 1e-6 and result["b"]["n"] == 12
-        assert result["b"]["image_size"] == "16x16"
-    assert result["a"]["kind"] == "prepared" and result["a"]["data_hash"] == "test-0"
+    assert result["a"]["split"] == "train"
     assert measure(data, as_folder, "--features", net, "--num=5")["b"]["n"] == 5
     assert measure(data, data, "--features", net, "--split=val")["a"]["n"] == 8
+
+
+@pytest.mark.parametrize("meta", ["{}", "[]", '{"size": 8, "class_names": ["x"]}', "{"])
+def test_a_meta_json_of_another_kind_does_not_make_a_folder_prepared(measure, net, tmp_path, meta):
+    x = images(9)
+    source = folder(tmp_path / "images", x)
+    (tmp_path / "images/meta.json").write_text(meta)
+    result = measure(npz(tmp_path / "x.npz", x), source, "--features", net)
+    assert result["fd"] < 1e-6 and result["b"]["n"] == 9
+
+
+def test_grey_of_more_than_8_bits_is_decoded_as_prepare_data_does(measure, net, tmp_path):
+    x = images(9, channels=1)
+    deep = folder(tmp_path / "deep", x.astype(np.uint16) * 257)
+    result = measure(npz(tmp_path / "x.npz", x), deep, "--features", net)
+    assert result["fd"] < 1e-6 and result["b"]["n"] == 9
+    for i, (low, high) in enumerate([(0, 4095), (17, 900), (5, 32767)]):
+        values = np.linspace(low, high, 9 * 64).astype(np.uint16).reshape(9, 8, 8)
+        shallow = folder(tmp_path / str(i), values)
+        sentence = mistake(fid.main, deep, shallow, "--features", net, "--device=cpu")
+        assert f" {low} " in sentence and f" {high}" in sentence and "prepare_data.py" in sentence
 
 
 def test_greyscale_is_rgb_with_equal_channels(measure, net, tmp_path):
@@ -453,7 +484,7 @@ def test_greyscale_is_rgb_with_equal_channels(measure, net, tmp_path):
 def test_images_of_several_sizes_are_all_measured(measure, net, tmp_path):
     a = folder(tmp_path / "mixed", [*images(5), *images(4, 32), *images(3)])
     result = measure(a, a, "--features", net, "--batch_size=2")
-    assert (result["a"]["n"], result["a"]["image_size"]) == (12, "16x16, 32x32")
+    assert result["a"]["n"] == 12 and result["fd"] < 1e-6
 
 
 def test_random_features_are_never_called_fid(measure, capsys, tmp_path, monkeypatch):
@@ -462,11 +493,11 @@ def test_random_features_are_never_called_fid(measure, capsys, tmp_path, monkeyp
     fid.main([a, b, "--features=random", "--device=cpu", f"--stats={tmp_path}/stats.npz"])
     out, err = capsys.readouterr()
     assert out == "random-feature FD 1.5\n"
-    assert "weights_sha256" in err and "FID" not in out
+    assert "random-feature FD" in err and "FID" not in out
     stats = tmp_path / "stats.npz"  # they know of which network they are
     result = measure(stats, stats)
     assert "fid" not in result and result["random_fd"] == 1.5
-    assert result["features"] == "random-feature FD" and len(result["weights_sha256"]) == 64
+    assert result["features"] == "random-feature FD" and len(set(result["weights"])) == 1
     assert "bilinear" in result["resize"]
     assert len(result["warnings"]) == 2  # both have fewer than 2,048 images
 
@@ -482,17 +513,33 @@ def test_saved_statistics_have_the_common_layout_and_replace_the_images(measure,
         mu, sigma = f["mu"], f["sigma"]
     expected = measure(a, b, "--features", net)["fd"]
     assert measure(stats, b, "--features", net)["fd"] == pytest.approx(expected, rel=1e-9)
-    np.savez(tmp_path / "foreign.npz", mu=mu, sigma=sigma)
-    assert measure(tmp_path / "foreign.npz", b, "--features", net)["fd"] == pytest.approx(
-        expected, rel=1e-9
-    )
-    assert [p.name for p in tmp_path.glob("tmp*")] == []
+    np.savez(tmp_path / "foreign.npz", mu=mu, sigma=sigma)  # they are taken for those of the FID
+    assert "differ" in mistake(fid.main, tmp_path / "foreign.npz", b, "--features", net, "--device=cpu")
+    assert [p.name for p in tmp_path.glob("*tmp*")] == []
 
 
 def test_two_files_of_statistics_need_no_network(measure, tmp_path):
     np.savez(tmp_path / "a.npz", mu=np.zeros(3), sigma=np.eye(3))
     np.savez(tmp_path / "b.npz", mu=np.ones(3), sigma=4 * np.eye(3))
-    assert measure(tmp_path / "a.npz", tmp_path / "b.npz")["fid"] == pytest.approx(6, rel=1e-12)
+    result = measure(tmp_path / "a.npz", tmp_path / "b.npz")
+    assert result["fid"] == pytest.approx(6, rel=1e-12)
+    assert len(result["warnings"]) == 1  # nobody knows of which weights they are
+
+
+@pytest.mark.parametrize("arrays", [
+    dict(mu=np.zeros(3)), dict(sigma=np.eye(3)),
+    dict(mu=np.zeros(3), sigma=np.full((3, 3), np.nan)), dict(mu=np.full(3, np.nan), sigma=np.eye(3)),
+    dict(mu=np.array([0, np.inf, 0]), sigma=np.eye(3)), dict(mu=np.zeros(3), sigma=np.diag([1, np.inf, 1])),
+    dict(mu=np.zeros(3), sigma=np.eye(4)), dict(mu=np.zeros(3), sigma=np.ones(3)),
+    dict(mu=np.zeros(3), sigma=np.eye(3)[:2]), dict(mu=np.zeros((1, 3)), sigma=np.eye(3)),
+    dict(mu=np.zeros((1, 3)), sigma=np.ones((1, 3, 1, 3))), dict(mu=np.float64(0), sigma=np.float64(1)),
+], ids=lambda arrays: " ".join(f"{k} {v.shape} {v.flat[-1]}" for k, v in arrays.items()))
+def test_statistics_that_are_none_get_a_sentence(tmp_path, arrays):
+    np.savez(tmp_path / "good.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(tmp_path / "bad.npz", **arrays)
+    for pair in ("good", "bad"), ("bad", "good"):
+        sentence = mistake(fid.main, *(tmp_path / f"{name}.npz" for name in pair), "--device=cpu")
+        assert "bad.npz" in sentence and "good.npz" not in sentence
 
 
 def untrained(path, classes=(), **changes):
@@ -501,8 +548,9 @@ def untrained(path, classes=(), **changes):
     config = model.ModelConfig(**dict(image_size=16, dim=32, depth=1, heads=2,
                                       num_classes=len(classes)) | changes)
     state = model.Denoiser(config).state_dict()
-    save_checkpoint(str(path), dict(model=state, ema=state, architecture=asdict(config), config={},
-                                          step=7, class_names=[*classes] or None))
+    save_checkpoint(str(path), dict(
+        model=state, ema=state, architecture=asdict(config), noise=model.NOISE, network=model.NETWORK,
+        config={}, step=7, class_names=[*classes] or None))
     return str(path)
 
 
@@ -515,7 +563,7 @@ def test_a_checkpoint_is_measured_by_its_samples(measure, net, tmp_path):
     drawn = npz(tmp_path / "drawn.npz", np.concatenate([x for _, x in drawn]))
     expected = measure(a, drawn, "--features", net, "--num=10")
     assert result["fd"] == pytest.approx(expected["fd"], rel=1e-3)
-    about = {"kind": "checkpoint", "n": 10, "step": 7, "weights": "ema", "seed": 3}
+    about = {"n": 10, "step": 7, "weights": "ema", "seed": 3}
     about |= {"sampler": "euler", "steps": 2, "cfg_scale": 1.0}
     assert about.items() <= result["b"].items()
 
@@ -536,7 +584,7 @@ def test_the_bound_on_quantised_gaussian_data_is_its_entropy():
         distance = (x[..., None] - levels[near]) ** 2 / (2 * sigma.view(-1, 1, 1, 1) ** 2)
         return (p[near].log().float() - distance).softmax(dim=-1) @ levels[near]
 
-    found = [fid.bound(denoise, part, g) for part in values.split(1024)]
+    found = [fid.variational_bound(denoise, part, g) for part in values.split(1024)]
     bits, losses = (torch.cat(t) for t in zip(*found))
     standard_error = bits.std().item() / math.sqrt(len(bits))
     assert losses.shape == (2**15, 10) and standard_error < 0.006
@@ -579,9 +627,9 @@ def test_bits_per_dimension_of_a_model_of_classes_are_those_of_each_class(tmp_pa
     ckpt = untrained(tmp_path / "ft.pt", classes=["class 0", "class 1"])
     state = torch.load(ckpt, weights_only=True)
     for weights in state["model"], state["ema"]:  # the class moves the answer, at all noise levels
-        torch.nn.init.normal_(weights["net.labels.weight"], generator=torch.Generator().manual_seed(0))
-        torch.nn.init.normal_(weights["net.modulation.weight"], generator=torch.Generator().manual_seed(1))
-        torch.nn.init.normal_(weights["net.head.weight"], std=0.1, generator=torch.Generator().manual_seed(2))
+        torch.nn.init.normal_(weights["net.label_embed.weight"], generator=torch.Generator().manual_seed(0))
+        torch.nn.init.normal_(weights["net.final_adaLN.weight"], generator=torch.Generator().manual_seed(1))
+        torch.nn.init.normal_(weights["net.final_linear.weight"], std=0.1, generator=torch.Generator().manual_seed(2))
     save_checkpoint(ckpt, state)
     found = []
     for labels in [0, 1, 0, 1, 0, 1], [1] * 6, [0] * 6:
@@ -593,22 +641,18 @@ def test_bits_per_dimension_of_a_model_of_classes_are_those_of_each_class(tmp_pa
     assert abs(ones - zeros) > 0.1 and min(ones, zeros) < mixed < max(ones, zeros)
 
 
-def test_bits_per_dimension_of_what_does_not_fit_are_refused(tmp_path):
-    plain, of_classes = untrained(tmp_path / "a.pt"), untrained(tmp_path / "b.pt", classes=["cat", "dog"])
-    kinds = {"small": {"size": 8}, "grey": {"channels": 1}, "latents": {"dtype": np.float32}}
-    for name, how in kinds.items():
-        data = make_dataset(tmp_path / name, **how)
-        assert name in mistake(fid.main, data, plain, "--metrics=bpd", "--device=cpu")
-    other = make_dataset(tmp_path / "other", classes=3)  # of other classes
-    assert "cat" in mistake(fid.main, other, of_classes, "--metrics=bpd", "--device=cpu")
-    assert "alone" in mistake(fid.main, other, plain, "--metrics=bpd,fid", "--device=cpu")
-    assert "--stats" in mistake(fid.main, other, "--metrics=bpd", "--device=cpu")
+@pytest.mark.parametrize("how", [{"size": 8}, {"channels": 1}, {"dtype": np.float32}, {"classes": 1}, {"classes": 3}])
+def test_bits_per_dimension_of_what_does_not_fit_are_refused(tmp_path, how):
+    data = make_dataset(tmp_path / "other", **how)
+    ckpt = untrained(tmp_path / "ft.pt", classes=["cat", "dog"])  # with a row for "no class" after these
+    sentence = mistake(fid.main, data, ckpt, "--metrics=bpd", "--device=cpu")
+    assert "other" in sentence and ("cat" in sentence or "classes" not in how)
 
 
-def test_two_processes_report_once_and_leave_in_peace(tmp_path):
-    data, ckpt = make_dataset(tmp_path / "set", n_val=4), untrained(tmp_path / "ft.pt")
-    result = run_two(tmp_path, "fid", data, ckpt, "--metrics=bpd", "--device=cpu")
-    assert result.returncode == 0 and result.stdout.count("bits per dimension") == 1, result.stderr
+def test_bits_per_dimension_are_not_measured_beside_other_figures(tmp_path, dataset):
+    ckpt = untrained(tmp_path / "ft.pt")
+    assert "only bpd" in mistake(fid.main, dataset, ckpt, "--metrics=bpd,fid", "--device=cpu")
+    assert "--stats" in mistake(fid.main, dataset, "--metrics=bpd", "--device=cpu")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -629,8 +673,6 @@ def bad_cases(tmp_path, net):
     good = npz(tmp_path / "good.npz", images())
     np.savez(tmp_path / "three.npz", mu=np.zeros(3), sigma=np.eye(3))
     np.savez(tmp_path / "unknown.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    np.savez(tmp_path / "square.npz", mu=np.zeros(3), sigma=np.eye(4))
-    np.savez(tmp_path / "nan.npz", mu=np.zeros(12), sigma=np.full((12, 12), np.nan))
     np.savez(tmp_path / "random.npz", mu=np.zeros(12), sigma=np.eye(12), net="random_fd " + 64 * "0", n=9)
     np.savez(tmp_path / "object.npz", mu=np.array([Bomb()], dtype=object), sigma=np.eye(1))
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((4, 8, 8, 3)))
@@ -646,26 +688,24 @@ def bad_cases(tmp_path, net):
         "no such source": ([good, tmp_path / "absent", *jit], "absent"),
         "only one source": ([good], "--stats"),
         "an empty folder": ([good, tmp_path / "empty", *jit], "no images"),
-        "one image": ([good, npz(tmp_path / "one.npz", images(1)), *jit], "one.npz"),
-        "three images for pr": ([good, npz(tmp_path / "few.npz", images(3)), "--metrics=pr", *jit], "pr 4"),
         "a damaged image": ([good, tmp_path / "damaged", *jit], "0001.png"),
         "other dimensions": ([tmp_path / "three.npz", good, *jit], "differ"),
         "another network": ([tmp_path / "random.npz", good, *jit], "differ"),
         "statistics of unknown features against random ones": (
             [tmp_path / "unknown.npz", good, "--features=random"], "differ"),
-        "sigma of another size": ([tmp_path / "square.npz", good, *jit], "(3,)"),
         "float images": ([good, tmp_path / "floats.npz", *jit], "floats.npz"),
         "latents": ([good, latents, *jit], "latents"),
         "NaN features": ([good, good, "--features", tmp_path / "nan.pt"], "finite"),
         "a broken checkpoint": ([good, tmp_path / "noise.pt", *jit], "noise.pt"),
-        "fewer images than a subset of kid": ([good, good, "--metrics=kid", *jit], "1000 images of"),
+        "fewer images than a subset of kid": ([good, good, "--metrics=kid", *jit], "draws 1000 images"),
         "kid of statistics": ([tmp_path / "three.npz", good, "--metrics=kid", *jit], "images"),
         "an unknown metric": ([good, good, "--metrics=fid,isc"], "pr"),
-        "a mistyped flag": ([good, good, "--metric=fid"], "--metrics"),
-        "no batch": ([good, good, "--batch_size=0", *jit], "2 images"),
+        "a mistyped flag": ([good, good, "--metric=fid"], "--metric"),
+        "no batch": ([good, good, "--batch_size=0", *jit], "--batch_size"),
+        "one of each": ([good, good, "--num=1", *jit], "--num"),
     }
     errors = {  # what numpy and torch say by themselves
-        "NaN statistics": [tmp_path / "nan.npz", good, *jit],
+        "three images for pr": [good, npz(tmp_path / "few.npz", images(3)), "--metrics=pr", *jit],
         "object arrays": [tmp_path / "object.npz", good, *jit],
         "a cut npz": [good, tmp_path / "cut.npz", *jit],
         "no TorchScript": [good, good, "--features", tmp_path / "noise.pt"],
@@ -687,6 +727,15 @@ def test_mistakes_end_in_one_sentence_or_in_an_error_and_leave_nothing(tmp_path,
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("flags", [[], ["--stats=stats.npz"], ["--metrics=fid,pr"]])
+def test_one_image_has_no_covariance(tmp_path, net, flags, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = npz(tmp_path / "one.npz", images(1))
+    pair = [one] if flags == ["--stats=stats.npz"] else [npz(tmp_path / "good.npz", images()), one]
+    assert "one.npz" in mistake(fid.main, *pair, "--features", net, "--device=cpu", *flags)
+    assert not os.path.exists("stats.npz")
+
+
 @pytest.mark.parametrize("name", ["noise", "short", "bomb"])
 def test_what_is_wrong_with_a_file_of_weights_is_told_in_one_sentence(tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -695,7 +744,5 @@ def test_what_is_wrong_with_a_file_of_weights_is_told_in_one_sentence(tmp_path, 
         path.write_bytes(bytes(range(256)) * 8)
     else:
         torch.save({"fc.bias": torch.zeros(1) if name == "short" else Bomb()}, path)
-    with pytest.raises(SystemExit) as stop:
-        fid.main([a, a, "--weights", str(path)])
-    assert path.name in stop.value.code and not (tmp_path / "exploded").exists()
-    assert stop.value.code.count("\n") == 0 and len(stop.value.code) < 1000
+    sentence = mistake(fid.main, a, a, "--weights", path)
+    assert path.name in sentence and len(sentence) < 1000 and not (tmp_path / "exploded").exists()

@@ -3,6 +3,7 @@
 import os
 
 import malformed
+from prepare_data import check
 
 
 def test_malformed_inputs_end_in_a_sentence_or_an_error_of_python_and_leave_nothing(tmp_path):
@@ -26,25 +27,30 @@ def test_the_campaign_sees_the_faults_it_looks_for(tmp_path, monkeypatch):
         assert malformed.judge(case, tmp_path, tmp_path / "case")[0] == expected
 
 
-def test_the_campaign_tells_sentences_errors_and_misjudged_cases_apart(tmp_path, monkeypatch):
-    def leave(how):
-        def main(argv):
-            if how == "done":
-                os.mkdir("in.out")
-            elif how != "hang":
-                raise how
-            while how == "hang":
-                pass
-        return main
+def refuse(sentence):
+    check(False, sentence)
 
+
+def stop(error):
+    raise error
+
+
+def hang(_):
+    while True:
+        pass
+
+
+def test_the_campaign_tells_sentences_errors_and_misjudged_cases_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(malformed, "LIMIT", 1)
     monkeypatch.setattr(malformed, "check_output", lambda path: None)
-    for i, (how, verdict, expected) in enumerate([
-        (SystemExit("no file"), "refuse", "sentence"), (SystemExit("no file"), "accept", "misjudged"),
-        (ValueError("what"), "refuse", "error"), (ValueError("what"), "accept", "misjudged"),
-        (SystemExit("two\nlines"), "any", "error"), (SystemExit(9), "any", "crash"),
-        ("done", "refuse", "misjudged"), ("done", "any", "accepted"), ("hang", "any", "hang"),
+    for i, (how, argument, verdict, expected) in enumerate([
+        (refuse, "no file", "refuse", "sentence"), (refuse, "no file", "accept", "misjudged"),
+        (stop, FileNotFoundError("no file"), "refuse", "sentence"), (refuse, "two\nlines", "any", "error"),
+        (stop, ValueError("what"), "refuse", "error"), (stop, ValueError("what"), "accept", "misjudged"),
+        (stop, SystemExit(9), "any", "crash"), (os.mkdir, "in.out", "refuse", "misjudged"),
+        (os.mkdir, "in.out", "any", "accepted"), (hang, "", "any", "hang"),
     ]):
-        monkeypatch.setitem(malformed.ROUTES, "how", (leave(how), [], "IN.out"))
+        main = lambda argv, how=how, argument=argument: how(argument)  # noqa: E731
+        monkeypatch.setitem(malformed.ROUTES, "how", (main, [], "IN.out"))
         case = (0, "", verdict, "how", "", {"in": b""})
         assert malformed.judge(case, tmp_path, tmp_path / str(i))[0] == expected

@@ -1,18 +1,22 @@
 """The network, the masks, the preconditioning and the loss against formulas and brute force."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
+import numpy as np
 import pytest
 import torch
-from conftest import mistake, save_checkpoint
+from conftest import mistake
+from scipy.stats import chisquare
+from torch.nn import Linear
 
 import model
 import sample
-from model import (Denoiser, ModelConfig, count_visible, denoising_loss, patchify, sample_visible,
-                   unpatchify)
+import train
+from model import MASKS, Denoiser, ModelConfig, denoising_loss, make_mask, patchify, save_checkpoint, unpatchify
 
 CONFIG = dict(image_size=16, channels=3, patch_size=4, dim=32, depth=2, heads=2)
+EVERY = slice(None)  # all rows of a batch
 
 
 def random_denoiser(seed=0, **changes):
@@ -31,8 +35,20 @@ def random_batch(b=3, n=16, d=48, seed=1):
     return clean, noise, sigma
 
 
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def take(tokens, visible):
     return torch.gather(tokens, 1, visible[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+def some_patches(ratio, batch=3):
+    """Which of the 4 x 4 patches are visible, (batch, K), or None where nothing is hidden."""
+    if ratio == 0:
+        return None
+    _, draw = make_mask("patch", 4, ratio)
+    return draw(batch, generator(), EVERY)
 
 
 def test_patchify_cuts_row_major_patches_and_unpatchify_inverts_it():
@@ -45,41 +61,83 @@ def test_patchify_cuts_row_major_patches_and_unpatchify_inverts_it():
     assert torch.equal(unpatchify(tokens, 4), images)
 
 
-@pytest.mark.parametrize("kind,block,ratio,k", [
+# ---- Masks.
+
+
+@pytest.mark.parametrize("kind, block, ratio, k", [
     ("patch", 1, 0.9, 26), ("patch", 1, 0.5, 128), ("patch", 1, 0.999, 1),
     ("block", 2, 0.9, 256 - 57 * 4), ("block", 4, 0.9, 256 - 14 * 16), ("block", 4, 0.5, 128),
     ("crop", 1, 0.9, 25), ("crop", 1, 0.5, 121),
 ])
 def test_every_image_keeps_the_stated_number_of_distinct_patches(kind, block, ratio, k):
-    visible = sample_visible(50, 16, ratio, kind, block)
-    assert visible.shape == (50, k) == (50, count_visible(16, ratio, kind, block))
+    num_visible, draw = make_mask(kind, 16, ratio, block)
+    visible = draw(50, generator(), EVERY)
+    assert num_visible == k
+    assert visible.shape == (50, k) and visible.dtype == torch.int64
     assert visible.min() >= 0 and visible.max() < 256
     assert (visible.diff(dim=1) > 0).all()  # ascending, hence distinct
 
 
-@pytest.mark.parametrize("kind,block", [("patch", 1), ("block", 2)])
-def test_patch_and_block_masks_show_every_patch_equally_often(kind, block):
-    counts = sample_visible(4000, 8, 0.75, kind, block).flatten().bincount(minlength=64)
-    expected, spread = 1000, math.sqrt(4000 * 0.25 * 0.75)  # binomial
-    assert (counts - expected).abs().max() < 5 * spread
+@pytest.mark.parametrize("rows", [slice(0, 5), slice(1, None, 3), slice(11, 12)])
+@pytest.mark.parametrize("kind", MASKS)
+def test_the_rows_of_a_draw_are_those_of_the_whole_batch(kind, rows):
+    _, draw = make_mask(kind, 8, 0.7, 2)
+    whole_generator, rows_generator = generator(), generator()
+    whole = draw(12, whole_generator, EVERY)
+    assert torch.equal(draw(12, rows_generator, rows), whole[rows])
+    # Whatever is drawn next is the same, too.
+    assert torch.equal(whole_generator.get_state(), rows_generator.get_state())
+
+
+@pytest.mark.parametrize("kind, block", [("patch", 1), ("block", 2), ("crop", 1)])
+def test_masks_show_every_patch_as_often_as_they_should(kind, block):
+    _, draw = make_mask(kind, 8, 0.75, block)
+    counts = draw(4000, generator(), EVERY).flatten().bincount(minlength=64)
+    expected = np.full((8, 8), 0.25)
+    if kind == "crop":  # a 4 x 4 square in any of 5 x 5 places
+        covers = np.array([1, 2, 3, 4, 4, 3, 2, 1]) / 5
+        expected = np.outer(covers, covers)
+    spread = np.sqrt(4000 * expected * (1 - expected))  # binomial
+    assert (np.abs(counts.view(8, 8).numpy() - 4000 * expected) < 5 * spread).all()
+
+
+@pytest.mark.parametrize("kind, grid, block, num_masks", [
+    ("patch", 2, 1, 6),  # 2 patches of 4
+    ("block", 4, 2, 6),  # 2 blocks of 4
+    ("crop", 4, 1, 4),  # a square of side 3, as 9 is the square nearest to 8
+])
+def test_all_masks_of_a_kind_are_equally_likely(kind, grid, block, num_masks):
+    _, draw = make_mask(kind, grid, 0.5, block)
+    drawn = draw(6000, generator(), EVERY)
+    _, counts = drawn.unique(dim=0, return_counts=True)
+    assert len(counts) == num_masks
+    assert chisquare(counts).pvalue > 1e-4
 
 
 def test_block_masks_show_whole_blocks_and_crops_show_one_square():
-    shown = torch.zeros(20, 256).scatter_(1, sample_visible(20, 16, 0.9, "block", 4), 1)
+    _, draw = make_mask("block", 16, 0.9, 4)
+    shown = torch.zeros(20, 256).scatter_(1, draw(20, generator(), EVERY), 1)
     blocks = shown.view(20, 4, 4, 4, 4).sum(dim=(2, 4))
     assert set(blocks.flatten().tolist()) == {0, 16}
-    for image in sample_visible(20, 16, 0.9, "crop"):
+    _, draw = make_mask("crop", 16, 0.9)
+    for image in draw(20, generator(), EVERY):
         rows, cols = image // 16, image % 16
         assert rows.max() - rows.min() == cols.max() - cols.min() == 4
 
 
-def test_blocks_that_do_not_fit_the_grid_are_refused_in_a_sentence():
-    assert "block_size 3" in mistake(lambda _: count_visible(16, 0.5, "block", 3))
+def test_masks_that_do_not_fit_or_hide_nothing_or_all_are_refused_in_a_sentence():
+    assert "3 x 3" in mistake(lambda _: make_mask("block", 16, 0.5, 3))
+    assert "block_size" in mistake(lambda _: make_mask("block", 16, 0.5, 0))
+    for kind, ratio, block, k in ("patch", 0, 1, 16), ("block", 0.9, 4, 16), ("crop", 0, 1, 16), ("patch", 1, 1, 0):
+        assert f"shows {k} of 16" in mistake(lambda _: make_mask(kind, 4, ratio, block))
+
+
+# ---- The network.
 
 
 def test_preconditioning_is_edm_table_1():
     class Echo(torch.nn.Module):  # stands in for the network and shows what it is given
-        head = torch.nn.Linear(1, 1).double()
+        final_linear = Linear(1, 1).double()
 
         def forward(self, x, c_noise, visible, labels):
             self.x, self.c_noise = x, c_noise
@@ -126,13 +184,13 @@ def plain_network(denoiser, x, sigma, visible, label=None):
     sd = 0.5
     angle = math.log(sigma) / 4 * net.freq
     cond = torch.cat([torch.sin(angle), torch.cos(angle)])
-    cond = linear(net.time[2], torch.nn.functional.silu(linear(net.time[0], cond)))
+    cond = linear(net.time_embed[2], torch.nn.functional.silu(linear(net.time_embed[0], cond)))
     if label is not None:
-        cond = cond + net.labels.weight[label]
+        cond = cond + net.label_embed.weight[label]
     cond = cond * torch.sigmoid(cond)
 
     def run(block, heads, h):
-        s1, a1, g1, s2, a2, g2 = linear(block.modulation, cond).chunk(6)
+        s1, a1, g1, s2, a2, g2 = linear(block.adaLN, cond).chunk(6)
         q, k, v = linear(block.qkv, norm(h) * (1 + a1) + s1).chunk(3, dim=1)
         size = h.shape[1] // heads
         attended = []
@@ -147,10 +205,10 @@ def plain_network(denoiser, x, sigma, visible, label=None):
     scaled = x / math.sqrt(sigma**2 + sd**2)
     seen = visible.tolist()
     if c.route:  # every patch comes in, and the hidden ones pass by the middle blocks
-        h = torch.stack([linear(net.embed, scaled[n]) + net.positions[n] for n in range(len(x))])
+        h = torch.stack([linear(net.patch_embed, scaled[n]) + net.positions[n] for n in range(len(x))])
     else:
         patches = [scaled[n] for n in seen] if c.decoder_depth else list(scaled)
-        h = torch.stack([linear(net.embed, p) + net.positions[n] for p, n in zip(patches, seen)])
+        h = torch.stack([linear(net.patch_embed, p) + net.positions[n] for p, n in zip(patches, seen)])
     for i, block in enumerate(net.blocks):
         if c.route and c.route[0] <= i < c.route[1]:
             answer = run(block, c.heads, torch.stack([h[n] for n in seen]))
@@ -158,7 +216,7 @@ def plain_network(denoiser, x, sigma, visible, label=None):
         else:
             h = run(block, c.heads, h)
     if c.decoder_depth:
-        rows, (shift, scale) = [], linear(net.decoder_modulation, cond).chunk(2)
+        rows, (shift, scale) = [], linear(net.decoder_adaLN, cond).chunk(2)
         entered = linear(net.decoder_embed, norm(h) * (1 + scale) + shift)
         for n in range(len(x)):
             row = entered[seen.index(n)] if n in seen else net.mask_token
@@ -166,8 +224,8 @@ def plain_network(denoiser, x, sigma, visible, label=None):
         h = torch.stack(rows)
         for block in net.decoder:
             h = run(block, c.decoder_heads, h)
-    shift, scale = linear(net.modulation, cond).chunk(2)
-    out = linear(net.head, norm(h) * (1 + scale) + shift)
+    shift, scale = linear(net.final_adaLN, cond).chunk(2)
+    out = linear(net.final_linear, norm(h) * (1 + scale) + shift)
     return sd**2 / (sigma**2 + sd**2) * x + sigma * sd / math.sqrt(sigma**2 + sd**2) * out
 
 
@@ -176,7 +234,7 @@ def test_masked_loss_and_gradients_equal_brute_force_image_by_image(ratio):
     denoiser = random_denoiser(num_classes=3)
     clean, noise, sigma = random_batch()
     labels = torch.tensor([0, 2, -1])
-    visible = sample_visible(3, 4, ratio, generator=torch.Generator().manual_seed(0))
+    visible = some_patches(ratio)
     whole = torch.arange(16).expand(3, 16)
     shown = whole if visible is None else visible
     noisy = clean + sigma.view(-1, 1, 1) * noise
@@ -206,7 +264,7 @@ def test_decoder_and_route_equal_a_loop_over_images(ratio, network):
     denoiser = random_denoiser(num_classes=3, **network)
     x, _, sigma = random_batch()
     labels = torch.tensor([0, 2, -1])
-    visible = sample_visible(3, 4, ratio, generator=torch.Generator().manual_seed(0))
+    visible = some_patches(ratio)
     shown = torch.arange(16).expand(3, 16) if visible is None else visible
     ours = denoiser(x, sigma, visible, labels)
     for i in range(3):
@@ -225,7 +283,7 @@ def test_a_route_has_the_weights_of_the_plain_network_and_is_it_on_whole_images(
 
 def test_hidden_patches_reach_the_others_by_a_route_alone():
     x, _, sigma = random_batch()
-    visible = sample_visible(3, 4, 0.75, generator=torch.Generator().manual_seed(0))
+    visible = some_patches(0.75)
     hidden = torch.ones(3, 16, dtype=torch.bool).scatter(1, visible, False)
     changed = torch.where(hidden[:, :, None], torch.randn_like(x), x)
     skip = (0.25 / (sigma**2 + 0.25)).view(-1, 1, 1)
@@ -265,7 +323,7 @@ def test_everything_visible_is_the_whole_image():
 def test_the_order_of_visible_patches_does_not_matter():
     denoiser = random_denoiser()
     clean, noise, sigma = random_batch()
-    visible = sample_visible(3, 4, 0.5)
+    visible = some_patches(0.5)
     shuffled = visible.flip(1)
     ours = denoiser(take(clean, visible), sigma, visible)
     assert torch.allclose(denoiser(take(clean, shuffled), sigma, shuffled).flip(1), ours)
@@ -286,7 +344,7 @@ def test_positions_tell_apart_all_patches_and_follow_the_formula():
 def test_every_parameter_gets_a_gradient(ratio, classes, network):
     denoiser = random_denoiser(num_classes=classes, **network)
     clean, noise, sigma = random_batch(b=4)
-    visible = sample_visible(4, 4, ratio)
+    visible = some_patches(ratio, batch=4)
     x = take(clean, visible) if visible is not None and not network else clean
     labels = torch.tensor([0, 1, 2, -1]) if classes else None
     denoising_loss(denoiser(x, sigma, visible, labels), x, sigma).mean().backward()
@@ -299,15 +357,58 @@ def test_without_a_decoder_nothing_of_it_exists():
     assert not [n for n in random_denoiser().state_dict() if "decoder" in n or "mask" in n]
 
 
-def test_the_decoder_starts_with_positions_and_mask_tokens_alone():
+def test_blocks_start_as_the_identity_and_output_and_decoder_at_zero():
     torch.manual_seed(0)
-    net = Denoiser(ModelConfig(image_size=16, dim=32, depth=2, heads=2, decoder_depth=2)).net
-    assert not net.decoder_embed.weight.any() and not net.decoder_modulation.weight.any()  # MaskDiT: DecoderLayer
-    assert net.embed.weight.any() and net.time[0].weight.any() and net.blocks[0].qkv.weight.any()
-    zero = [n for n, p in net.named_parameters() if "weight" in n and not p.any()]
-    blocks = [f"{part}.{i}.modulation.weight" for part in ("blocks", "decoder") for i in range(2)]
-    assert sorted(zero) == sorted([*blocks, "decoder_embed.weight", "decoder_modulation.weight", "head.weight",
-                                   "modulation.weight"])  # fmt: skip
+    net = Denoiser(ModelConfig(**CONFIG, decoder_depth=2, num_classes=3)).net
+    zero = {name for name, p in net.named_parameters() if "weight" in name and not p.any()}
+    blocks = {f"{part}.{i}.adaLN.weight" for part in ("blocks", "decoder") for i in range(2)}
+    others = {"final_adaLN.weight", "final_linear.weight",  # DiT
+              "decoder_adaLN.weight", "decoder_embed.weight"}  # MaskDiT: DecoderLayer
+    assert zero == blocks | others
+    assert not any(p.any() for name, p in net.named_parameters() if "bias" in name)
+    cond = torch.randn(5, 32)
+    x = torch.randn(5, 16, 32)
+    assert torch.equal(net.blocks[0](x, cond), x)
+    for layer in (net.time_embed[0], net.time_embed[2], net.label_embed):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_zero_initialisation_and_muon_go_by_module_and_not_by_name():
+    """Layers that a fork adds are named like ours, but are neither zero nor matrices for Muon."""
+    denoiser = Denoiser(ModelConfig(**CONFIG, decoder_depth=1))
+    owners = (denoiser, denoiser.net, denoiser.net.blocks[0])
+    for owner in owners:
+        owner.repa_head = Linear(32, 8)
+        owner.text_proj = Linear(32, 32)
+        owner.final_adaLN_decoder_embed = Linear(32, 32)
+    torch.manual_seed(0)
+    denoiser.net.init_weights()
+    for owner in owners:
+        for layer in (owner.repa_head, owner.text_proj, owner.final_adaLN_decoder_embed):
+            assert layer.weight.all()
+
+    ours = {f"net.{part}.{name}.weight" for part in ("blocks.0", "blocks.1", "decoder.0")
+            for name in ("qkv", "proj", "fc1", "fc2")}
+    cfg, _, _ = train.parse(["--device=cpu", "--optimizer=muon"])
+    adamw, muon = train.configure_optimizers(denoiser, cfg)
+    assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, model.Muon)
+    names = {name: p for name, p in denoiser.named_parameters()}
+    given = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in (adamw, muon)]
+    assert given[1] == {id(names[name]) for name in ours}
+    assert given[0] == {id(p) for p in names.values()} - given[1]
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 48), (8, 100)])
+def test_newton_schulz_moves_the_singular_values_towards_1_and_keeps_the_vectors(shape):
+    x = torch.randn(shape, generator=generator(), dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    s = s / s.square().sum().sqrt()
+    for _ in range(5):  # Muon's polynomial, of each value alone
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    ours = model.newton_schulz(x)
+    assert torch.allclose(ours, u @ s.diag() @ vh, atol=1e-9)
+    values = torch.linalg.svdvals(ours)
+    assert 0.6 < values.min() and values.max() < 1.3
 
 
 def test_label_minus_1_is_the_last_row_of_the_table():
@@ -316,35 +417,68 @@ def test_label_minus_1_is_the_last_row_of_the_table():
     null = denoiser(x, sigma, labels=torch.tensor([-1, -1, -1]))
     assert not torch.allclose(null, denoiser(x, sigma, labels=torch.tensor([0, 1, 2])))
     with torch.no_grad():  # now every class has the row of "no class"
-        denoiser.net.labels.weight[:3] = denoiser.net.labels.weight[3]
+        denoiser.net.label_embed.weight[:3] = denoiser.net.label_embed.weight[3]
     assert torch.equal(null, denoiser(x, sigma, labels=torch.tensor([0, 1, 2])))
 
 
 def test_presets_have_the_published_sizes():
     def millions(name, **changes):
+        network = {key: value for key, value in train.PRESETS[name].items() if key in train.NETWORK_SETTINGS}
         with torch.device("meta"):
-            net = Denoiser(ModelConfig(**{**model.PRESETS[name], **changes}))
+            net = Denoiser(ModelConfig(**network, **changes))
         return sum(p.numel() for p in net.parameters()) / 1e6
 
     # DiT table 1 (with 4 latent channels, two outputs per channel and 1000 classes there).
-    for name, published in (("dit-s", 33), ("dit-b", 130), ("dit-l", 458), ("dit-xl", 675)):
+    for name, published in ("dit-s", 33), ("dit-b", 130), ("dit-l", 458), ("dit-xl", 675):
         ours = millions(name, image_size=32, channels=4, num_classes=1000)
         assert abs(ours / published - 1) < 0.02, (name, ours)
     # MaskDM's networks have 13 blocks, which without adaLN are lighter (44.3 M and 102.4 M).
-    assert [model.PRESETS[name]["depth"] for name in ("maskdm-64", "maskdm-256")] == [13, 13]
+    assert [train.PRESETS[name]["depth"] for name in ("maskdm-64", "maskdm-256")] == [13, 13]
     assert millions("maskdm-64") == pytest.approx(62.5, abs=0.1)
+    # MaskDiT sec. 4.1: the encoder of DiT-XL/2, and 8 blocks of width 512 on all tokens.
+    xl = train.PRESETS["maskdit-xl"]
+    assert xl.items() >= train.PRESETS["dit-xl"].items()
+    assert [xl[f"decoder_{name}"] for name in ("depth", "dim", "heads")] == [8, 512, 16]
 
 
-def test_sizes_that_do_not_fit_are_refused_in_a_sentence():
-    assert "[1, 2, 3, 5, 6, 10, 15, 30]" in mistake(lambda _: ModelConfig(image_size=30, patch_size=4))
-    for wrong in (dict(route=(2, 1)), dict(route=(1, 9)), dict(route=(1, 2), decoder_depth=1)):
-        assert "route is" in mistake(lambda _: ModelConfig(**wrong))
+@pytest.mark.parametrize("wrong, said", [
+    (dict(image_size=30), "image size 30"),
+    (dict(dim=30, heads=2), "width 30"),  # sines and cosines of rows and columns
+    (dict(dim=32, heads=3), "3 heads"),
+    (dict(decoder_depth=1, decoder_dim=18, decoder_heads=2), "width 18"),
+    (dict(decoder_depth=1, decoder_dim=32, decoder_heads=5), "5 heads"),
+    (dict(route=(1,)), "route is (1,)"),
+    (dict(route=(1, 2, 3)), "route is (1, 2, 3)"),
+    (dict(route=(2, 1)), "route is (2, 1)"),
+    (dict(route=(1, 1)), "route is (1, 1)"),
+    (dict(route=(1, 9)), "depth 6"),
+    (dict(route=(-1, 2)), "route is (-1, 2)"),
+    (dict(route=(1, 2), decoder_depth=1), "no decoder")])
+def test_sizes_that_do_not_fit_are_refused_in_a_sentence(wrong, said):
+    assert said in mistake(lambda _: Denoiser(ModelConfig(**wrong)))
+
+
+# ---- Checkpoints.
 
 
 def stored(denoiser, **changes):
-    """What train.py writes, as far as others need it."""
-    return dict(model=denoiser.state_dict(), ema=denoiser.state_dict(), config={}, step=1,
-                architecture=asdict(denoiser.config), noise="edm") | changes
+    """What train.py writes."""
+    return dict(model=denoiser.state_dict(), ema=denoiser.state_dict(), optimizer=[], config={}, step=1,
+                class_names=None, architecture=asdict(denoiser.config), noise="edm", network="dit") | changes
+
+
+@pytest.fixture
+def whole():
+    return stored(random_denoiser(num_classes=3).float(), class_names=["ant", "bee", "cat"])
+
+
+def refused(tmp_path, content, **how):
+    """The sentence with which a checkpoint is refused."""
+    path = str(tmp_path / "x.pt")
+    torch.save(content, path)
+    sentence = mistake(lambda _: model.load_checkpoint(path, **how))
+    assert path in sentence
+    return sentence
 
 
 def test_a_checkpoint_comes_back_as_it_was_and_keeps_the_one_before(tmp_path):
@@ -352,7 +486,7 @@ def test_a_checkpoint_comes_back_as_it_was_and_keeps_the_one_before(tmp_path):
     denoiser = random_denoiser(num_classes=3, depth=3, route=(1, 2)).float()
     save_checkpoint(path, stored(denoiser))
     save_checkpoint(path, stored(denoiser, step=2))
-    assert model.load_checkpoint(path)["step"] == 2
+    assert model.load_checkpoint(path, resume=True)["step"] == 2
     assert model.load_checkpoint(str(tmp_path / "ft.prev.pt"))["step"] == 1
     again, _ = sample.load_denoiser(path)
     assert again.config == denoiser.config
@@ -360,40 +494,81 @@ def test_a_checkpoint_comes_back_as_it_was_and_keeps_the_one_before(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["ft.prev.pt", "ft.pt"]
 
 
-def test_files_that_are_no_checkpoints_are_refused_in_a_sentence(tmp_path):
+def test_files_that_are_no_whole_checkpoints_are_refused_in_a_sentence(tmp_path):
     path = tmp_path / "x.pt"
-
-    def says(content=None):
-        if content is not None:
-            content = path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        sentence = mistake(lambda _: model.load_checkpoint(str(path)))
-        assert str(path) in sentence
-        return sentence
-
-    says()  # there is none
-    says({"weights": 1})
-    says([1, 2])
-    whole = path.read_bytes()
-    says(whole[:100])
-    says(b"")
     torch.save(stored(random_denoiser().float()), path)
     model.load_checkpoint(str(path))
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1  # a single bit of a weight
-    says(bytes(content))
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1  # a single bit of a weight
+    for damaged in (bytes(flipped), content[:100], content[:-100], b"", b"a text"):
+        path.write_bytes(damaged)
+        sentence = mistake(lambda _: model.load_checkpoint(str(path)))
+        assert str(path) in sentence and "not a whole checkpoint" in sentence
+    for other in ({"weights": 1}, [1, 2]):
+        assert "checkpoint" in refused(tmp_path, other)
 
 
-def test_a_model_of_another_kind_of_noise_is_refused_in_a_sentence(tmp_path):
-    torch.save(stored(random_denoiser().float(), noise="flow"), tmp_path / "x.pt")
-    sentence = mistake(lambda _: model.load_checkpoint(str(tmp_path / "x.pt")))
-    assert "flow" in sentence and model.NOISE in sentence
+def test_a_checkpoint_that_is_not_there_is_not_called_damaged(tmp_path):
+    path = str(tmp_path / "none.pt")
+    sentence = mistake(lambda _: model.load_checkpoint(path))
+    assert path in sentence and "not a whole" not in sentence
+
+
+def test_fields_of_the_architecture_that_are_missing_or_unknown_are_named(tmp_path, whole):
+    for name in [f.name for f in fields(ModelConfig)]:
+        fewer = {key: value for key, value in whole["architecture"].items() if key != name}
+        sentence = refused(tmp_path, whole | dict(architecture=fewer))
+        assert f"'{name}'" in sentence and "not a whole" not in sentence
+    sentence = refused(tmp_path, whole | dict(architecture=fewer | dict(rope=True, qk_norm=True)))
+    assert all(f"'{word}'" in sentence for word in (name, "rope", "qk_norm")) and "not a whole" not in sentence
+
+
+@pytest.mark.parametrize("kind, ours", [("noise", "edm"), ("network", "dit")])
+def test_a_model_of_another_noise_or_network_is_refused_with_both_names(tmp_path, whole, kind, ours):
+    sentence = refused(tmp_path, whole | {kind: "flow"})
+    assert f"{kind} flow" in sentence and ours in sentence and "not a whole" not in sentence
+    del whole[kind]
+    assert f"{kind} None" in refused(tmp_path, whole)
+
+
+@pytest.mark.parametrize("kept, weights", [("model", "raw"), ("model", "ema"), ("ema", "raw"), ("ema", "ema")])
+def test_a_checkpoint_that_was_stripped_for_sharing_can_be_sampled_but_not_resumed(tmp_path, whole, kept, weights):
+    path = str(tmp_path / "x.pt")
+    shared = {name: whole[name] for name in (kept, "architecture", "noise", "network")}
+    torch.save(shared, path)
+    denoiser, checkpoint = sample.load_denoiser(path, weights)
+    assert all(torch.equal(p, whole[kept][name]) for name, p in denoiser.named_parameters())
+    assert checkpoint["class_names"] == ["0", "1", "2"]  # where it has none
+    sample.main(["--ckpt", path, "--num=1", "--steps=1", "--device=cpu", f"--out={tmp_path}/x.npz"])
+    sentence = refused(tmp_path, shared, resume=True)
+    for name in {"model", "ema", "optimizer", "config", "step"} - {kept}:
+        assert f"'{name}'" in sentence
+    assert f"'{kept}'" not in sentence and "not a whole" not in sentence
+    del shared[kept]
+    assert "neither model nor ema" in refused(tmp_path, shared)
+
+
+def test_a_run_goes_on_from_its_checkpoint_or_the_one_before(tmp_path, whole):
+    path = str(tmp_path / "ft.pt")
+    assert model.find_checkpoint(path) is None
+    for step in (1, 2):
+        save_checkpoint(path, whole | dict(step=step))
+    assert model.find_checkpoint(path)["step"] == 2
+    (tmp_path / "ft.pt").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="the one before"):
+        assert model.find_checkpoint(path)["step"] == 1
+    (tmp_path / "ft.pt").unlink()
+    assert model.find_checkpoint(path)["step"] == 1
+    (tmp_path / "ft.prev.pt").write_bytes(b"damaged")  # no whole one is left: the run is not started afresh
+    assert "ft.prev.pt" in mistake(lambda _: model.find_checkpoint(path))
 
 
 @pytest.mark.parametrize("place", ["open", "save"])
-def test_a_full_disk_leaves_both_checkpoints_whole(tmp_path, monkeypatch, place):
-    path, content = str(tmp_path / "ft.pt"), stored(random_denoiser().float())
+def test_a_full_disk_leaves_both_checkpoints_whole(tmp_path, monkeypatch, whole, place):
+    path = str(tmp_path / "ft.pt")
     for step in (1, 2):
-        save_checkpoint(path, content | {"step": step})
+        save_checkpoint(path, whole | dict(step=step))
 
     def full(*args, **kwargs):
         if place == "save":
@@ -401,7 +576,7 @@ def test_a_full_disk_leaves_both_checkpoints_whole(tmp_path, monkeypatch, place)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(model if place == "open" else torch, place, full, raising=place == "save")
-    assert "No space left" in mistake(lambda _: save_checkpoint(path, content | {"step": 3}))
+    assert "No space left" in mistake(lambda _: save_checkpoint(path, whole | dict(step=3)))
     monkeypatch.undo()
     assert model.load_checkpoint(path)["step"] == 2
     assert model.load_checkpoint(str(tmp_path / "ft.prev.pt"))["step"] == 1
