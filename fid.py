@@ -378,14 +378,14 @@ def variational_bound(denoise, values, generator):
         return torch.randn(x.shape, generator=generator).to(x.device)
 
     losses = []
-    nats = x.square().sum(dim=(1, 2)) / (2 * SIGMA_MAX**2)
+    nats = x.square().sum((1, 2)) / (2 * SIGMA_MAX**2)
     for i in range(BINS):
         # One random place in the bin, and the images evenly over it: less chance, no bias.
         place = torch.randperm(b, generator=generator) + torch.rand(1, generator=generator)
         sigma = SIGMA_MIN * torch.exp(width * (i + place / b)).to(x.device)
         denoised = denoise(noised(x, randn(), sigma), sigma)
         losses.append(denoising_loss(denoised, x, sigma))
-        error = (denoised - x).square().sum(dim=(1, 2))
+        error = (denoised - x).square().sum((1, 2))
         nats += width * error / sigma**2  # d lambda = 2 d ln sigma
     z = x + SIGMA_MIN * randn()
     nats += torch.stack([decoder_nats(z[i], values[i]).sum() for i in range(b)])
@@ -445,7 +445,6 @@ def protocol(sources, args):
         features=LABELS[keys[0]],
         weights=digests,
         resize="none" if keys[0] == "fd" else resize,
-        dtype=args.dtype,
         warnings=warnings)
     for name, source in zip("ab", sources):
         about[name] = dict(path=source.path, n=source.num, **source.about)

@@ -337,7 +337,7 @@ def denoising_loss(denoised, clean, sigma):
     """Weighted denoising error of each image over its visible patches, (B,) (EDM eq. 8).
     denoised, clean (B, K, p*p*C), sigma (B,). With everything visible it is the plain EDM loss."""
     weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
-    error = (denoised - clean).square().mean(dim=(1, 2))
+    error = (denoised - clean).square().mean((1, 2))
     return weight * error
 
 def sampler_levels(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
@@ -375,9 +375,10 @@ class Denoiser(nn.Module):
     def forward(self, x, sigma, visible=None, labels=None):
         sd = SIGMA_DATA
         s = sigma.view(-1, 1, 1)
-        c_skip = sd**2 / (s**2 + sd**2)
-        c_out = s * sd / (s**2 + sd**2).sqrt()
-        c_in = 1 / (s**2 + sd**2).sqrt()
+        variance = s**2 + sd**2  # of noisy images
+        c_skip = sd**2 / variance
+        c_out = s * sd / variance.sqrt()
+        c_in = 1 / variance.sqrt()
         c_noise = sigma.log() / 4
         dtype = self.net.final_linear.weight.dtype
         x_in = (c_in * x).to(dtype)
@@ -409,10 +410,10 @@ def posterior_mean(x, clean, sigma, references, allowed=None):
     image j sees allowed[j]."""
     with torch.autocast(x.device.type, enabled=False):  # small differences of large numbers
         refs = references.flatten(1)  # (R, N*d)
-        own_square = x.square().sum(dim=(1, 2))
+        own_square = x.square().sum((1, 2))
         product = x.flatten(1) @ refs.T  # (B, R)
         distance = own_square[:, None] - 2 * product + refs.square().sum(dim=1)
-        own_distance = (x - clean).square().sum(dim=(1, 2))
+        own_distance = (x - clean).square().sum((1, 2))
         distance = torch.cat([own_distance[:, None], distance], dim=1)
         logits = -distance / (2 * sigma[:, None] ** 2)
         if allowed is not None:

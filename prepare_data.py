@@ -26,6 +26,7 @@ import traceback
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -461,7 +462,7 @@ def write_set(folder, source, decoder, val, train):
     """Decode the images `val` and `train` into the folder -> what its meta.json says."""
     shape = (decoder.size, decoder.size, decoder.channels)
     # The first that can be read are held out: a damaged image is replaced by the next one.
-    images = decoder.iter_images(source, progress_bar(val + train, unit=" images"))
+    images = decoder.iter_images(source, progress_bar(val + train))
     val = write_images(f"{folder}/val.npy", islice(images, len(val)), shape, source.dtype)
     train = write_images(f"{folder}/train.npy", images, shape, source.dtype)
     num_rejected = len(decoder.rejected)
@@ -517,17 +518,16 @@ def on_stop_signals(handler):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
-def number(kind, low, high):
+def number_type(kind, low, high):
     """A type for argparse: numbers of a kind (int or float) from low on and below high."""
 
-    def convert(text):
+    def number(text):
         value = kind(text)
         if not low <= value < high:
             raise argparse.ArgumentTypeError(f"{text}: expected a number >= {low} and < {high}")
         return value
 
-    convert.__name__ = kind.__name__  # for argparse's messages
-    return convert
+    return number
 
 def integers(text):
     """A type for argparse: "2,9" -> (2, 9)."""
@@ -549,7 +549,7 @@ class Parser(argparse.ArgumentParser):
         elif kind is tuple:
             how["type"] = integers
         elif kind in (int, float):
-            how["type"] = number(kind, low, high)
+            how["type"] = number_type(kind, low, high)
         self.add_argument(f"--{name}", default=default, help=f"{help} (%(default)s)", **how)
 
     def error(self, message):  # argparse itself would print the usage and exit with code 2
@@ -580,8 +580,8 @@ def main(argv=None):
     add("size", None, "side of the images in pixels; None = 64, or that of arrays", int, low=1)
     add("channels", None, "1 = grey, 3 = colour; None = 3, or as many as arrays have", int,
         choices=(1, 3))
-    parser.add_argument("--range", type=float, nargs=2, metavar=("BLACK", "WHITE"),
-                        help="values that are black and white in grey images of more than 8 bits")
+    add("range", None, "values of black and white in grey images of more than 8 bits", float,
+        low=-math.inf, nargs=2)
     add("val_frac", 0.05, "share of the images to hold out, if the source holds none out", high=1)
     add("num", None, "number of training images, as many of each class as possible", int, low=1)
     add("classes", None, "use only these classes, separated by commas")
@@ -599,7 +599,8 @@ def main(argv=None):
     os.makedirs(parent, exist_ok=True)
     # The set is written beside its place and moved there when complete.
     with TemporaryDirectory(".tmp", dir=parent) as temp_dir:
-        source = face_source(args.size or 64, args.seed)
+        source = Source(range(NUM_FACES), partial(make_face, size=args.size or 64, seed=args.seed),
+                        FACE_CLASSES * (NUM_FACES // 4), FACE_CLASSES)
         if args.src:
             source = open_source(args.src, temp_dir, args.labels)
         size = args.size or source.size
@@ -636,12 +637,8 @@ CURLS = [(1.02 * np.cos(a), -0.25 - np.sin(a), 0.33, 0.33) for a in np.linspace(
 QUIFF = [(0.3, -1.1, 0.7, 0.4)]  # an oval: its centre, and half its width and height
 SHADOW = Image.radial_gradient("L").crop((96, 96, 256, 256)).point(lambda v: 0.4 * v)
 
-def face_source(size, seed):
-    classes = FACE_CLASSES * (NUM_FACES // 4)
-    return Source(range(NUM_FACES), lambda i: make_face(i, size, seed)[0], classes, FACE_CLASSES)
-
 def make_face(index, size=64, seed=0):
-    """Face `index` -> (uint8 (size,size,3), label, a number in FACE_CLASSES)."""
+    """Face `index`, uint8 (size,size,3); its class is FACE_CLASSES[index % 4]."""
     rng = np.random.default_rng([seed, index])
     skin, hair, cloth, wall, frame, iris = [rng.choice(row.split()) for row in COLOURS.values()]
     top = [[], CURLS, QUIFF][rng.integers(3)]  # of the hair
@@ -686,7 +683,7 @@ def make_face(index, size=64, seed=0):
         for x in turn - 0.43, turn + 0.43:
             draw.ellipse(box(x, 0.06, 0.36, 0.34), None, frame, line)
         draw.line(box(turn, 0.02, 0.1, 0), frame, line)
-    return np.asarray(image.reduce(3)), label
+    return np.asarray(image.reduce(3))
 
 if __name__ == "__main__":
     run_script(main)

@@ -88,8 +88,8 @@ def noise_levels(config, sampler=None, steps=None, mid_sigma=0.821):
     whose further steps go from 80 to mid_sigma evenly in ln sigma."""
     if sampler in ("churn", "consistency"):
         check_noise("edm", f"--sampler {sampler}")
-    default = "consistency" if config.consistency else "heun"
-    sampler = sampler or default
+    if not sampler:
+        sampler = "consistency" if config.consistency else "heun"
     check(sampler == "consistency" or not config.consistency, "this is a consistency model, which "
           "has a sampler of its own: leave out --sampler")
     if sampler == "consistency":
@@ -144,7 +144,8 @@ def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0
 
         classes = None
         if labels:
-            classes = torch.tensor([labels[i % len(labels)] for i in batch], device=device)
+            cycled = [labels[i % len(labels)] for i in batch]
+            classes = torch.tensor(cycled, device=device)
         denoise = guided(denoiser, classes, cfg_scale)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             x = SAMPLERS[sampler](denoise, draw() * sigmas[0], sigmas, draw)
@@ -191,27 +192,30 @@ def write_all(out, batches, num, batch_size, recipe, class_names):
         os.rename(pngs, out)
     shutil.rmtree(folder)
 
-def save_grid(path, images, columns=None):
+def save_grid(path, images):
     """Write images uint8 (N, H, W, C) as one PNG; latents (N, C, H, W): the first channels."""
     if images.dtype != np.uint8:
         low, high = images.min(), images.max()
         images = np.uint8((images - low) / max(high - low, 1e-9) * 255)
-        shown = 3 if images.shape[1] >= 3 else 1
-        images = images.transpose(0, 2, 3, 1)[..., :shown]
+        images = images.transpose(0, 2, 3, 1)
+        shown = 3 if images.shape[3] >= 3 else 1
+        images = images[..., :shown]
     num, height, width, channels = images.shape
-    columns = columns or math.ceil(num**0.5)
+    columns = math.ceil(num**0.5)
     gap = max(1, width // 32)
     white = partial(np.pad, constant_values=255)
     cells = white(images, ((0, -num % columns), (gap, 0), (gap, 0), (0, 0)))
-    cells = cells.reshape(-1, columns, height + gap, width + gap, channels)
-    sheet = cells.swapaxes(1, 2).reshape(-1, columns * (width + gap), channels)
+    height += gap
+    width += gap
+    cells = cells.reshape(-1, columns, height, width, channels).swapaxes(1, 2)
+    sheet = cells.reshape(-1, columns * width, channels)
     sheet = white(sheet, ((0, gap), (0, gap), (0, 0)))
     replace_file(path, lambda file: to_image(sheet).save(file, "PNG"))
 
 # ---- The command line; train.py and fid.py use its parts.
 def pick_device(name):
     """auto -> cuda if there is a GPU, else cpu, as a torch.device."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count()
     if name == "auto":
         name = "cuda" if gpus else "cpu"
     if name == "cpu":
@@ -229,8 +233,16 @@ def pick_dtype(name, device):
     fast_avx512 = cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", "")
     fast = cpu.get("amx_bf16") or fast_avx512
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = torch.cuda.is_bf16_supported(False)  # not emulated
     return torch.bfloat16 if fast else torch.float32
+
+def images_per_pass(num_images, num_tokens, config, device):
+    """How many images to process at once: all, or on a CPU half of them, a quarter, ... until they
+    fit into its caches."""
+    if device.type == "cpu":
+        while num_images % 2 == 0 and num_images * num_tokens * config.dim > 2**20:
+            num_images //= 2
+    return num_images
 
 def add_flags(parser, batch_size):
     """The flags that sample.py and fid.py share; `sampling_settings` reads most of them."""
@@ -253,16 +265,19 @@ def sampling_settings(args, denoiser, checkpoint):
           "classes and without (--label_dropout)")
     mid_sigma = args.mid_sigma or config.get("mid_sigma", 0.821)
     sampler, sigmas = noise_levels(denoiser.config, args.sampler, args.steps, mid_sigma)
-    return dict(seed=args.seed, sampler=sampler, steps=len(sigmas) - 1, mid_sigma=mid_sigma,
-                cfg_scale=args.cfg_scale)
+    return dict(
+        seed=args.seed,
+        sampler=sampler,
+        steps=len(sigmas) - 1,
+        mid_sigma=mid_sigma,
+        cfg_scale=args.cfg_scale)
 
 def class_numbers(text, names):
-    """Numbers of the classes to draw, given by names or numbers ("cat,0"); None = all."""
+    """Numbers of the classes to draw, given by their names ("cat,dog"); None = all."""
     chosen = text.split(",") if text else names
-    known = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
-    unknown = [name for name in chosen if name not in known]
+    unknown = set(chosen) - set(names)
     check(not unknown, f"--labels: the model has no class {unknown}, it has {names}")
-    return [known[name] for name in chosen]
+    return [names.index(name) for name in chosen]
 
 def main(argv=None):
     parser = Parser(__doc__)
@@ -270,8 +285,8 @@ def main(argv=None):
     add("ckpt", "out/ft.pt", "checkpoint that train.py wrote")
     add("num", 64, "number of images", low=1)
     add("out", "out/samples.png", ".png: a grid; .npz: arr_0; else a folder of PNGs")
-    add("weights", "ema", "which weights of the checkpoint", choices=("ema", "raw"))
-    add("labels", None, "classes to draw in turn, by name or number: cat,cat,dog; None = all")
+    add("weights", "ema", "which weights of the checkpoint", choices=WEIGHTS)
+    add("labels", None, "names of the classes to draw in turn: cat,cat,dog; None = all")
     add_flags(parser, batch_size=64 if torch.cuda.is_available() else 8)  # a CPU's caches are small
     args = parser.parse_args(argv)
     device = pick_device(args.device)
@@ -287,7 +302,8 @@ def main(argv=None):
           "in .npz, and decode that")
     check(suffix or not os.path.exists(args.out), f"{args.out} exists: give another --out")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    check_writable(args.out)
+    if RANK == 0:
+        check_writable(args.out)
     if WORLD_SIZE > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # they meet before and after
 

@@ -4,13 +4,14 @@ python train.py --mask_ratio=0.9                          # stage 1 -> out/pt.pt
 python train.py --init_from=out/pt.pt                     # stage 2 -> out/ft.pt
 python train.py --loss=consistency --init_from=out/ft.pt  # 1- or 2-step generator -> out/cm.pt
 python train.py --mask_ratio=0.9 --resume                 # continue stage 1 after an interruption
-python train.py --mask_ratio=0.9 --help                   # the settings of that very command
+python train.py --mask_ratio=0.9 --help                   # the settings of that command
 torchrun --nproc_per_node=8 train.py --mask_ratio=0.9     # the same run on 8 GPUs
 
 All stages are one loop. Every draw of step n is made for the global batch, by a generator seeded
 with (seed, purpose, n): resuming is exact, and the number of processes changes only rounding.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -25,8 +26,6 @@ from copy import deepcopy
 from dataclasses import asdict, fields
 from datetime import timedelta
 from functools import lru_cache, partial
-from importlib import import_module
-from importlib.util import find_spec
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle OpenMP threads give up a busy core quickly
 
@@ -44,7 +43,7 @@ from model import (
 from prepare_data import Images, Parser, check, on_stop_signals, progress_bar, run_script, say
 from sample import RANK, WORLD_SIZE
 
-fcntl = import_module("fcntl") if find_spec("fcntl") else None  # Windows has none
+fcntl = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
 
 # ---- Presets: a network, and what its recipes for the stages (pt: masked, ft: whole images, cm:
 # consistency tuning) change in RECIPES. Those and the defaults in `parse` are MaskDM's at 64 px.
@@ -56,8 +55,7 @@ ECT_IMAGENET64 = ECT | dict(
     steps=100_000, optimizer="adamw", lr=1e-3, lr_schedule="rsqrt", beta2=0.99,
     p_mean=-0.8, p_std=1.6, cm_stages=4, cm_q=4.0, cm_c=0.06, cm_weight="edm", mid_sigma=1.526)
 MASKDIT = dict(lr=1e-4, beta1=0.9, beta2=0.999, weight_decay=0.0, ema=0.9999)
-DEMO = dict(
-    optimizer="muon", lr=2e-3, beta1=0.9, lr_schedule="cosine", warmup=100, grad_clip=1.0)
+DEMO = dict(optimizer="muon", lr=2e-3, beta1=0.9, lr_schedule="cosine", warmup=100, grad_clip=1.0)
 RECIPES = dict(pt=dict(batch_size=256), ft=dict(sample_every=5000), cm=ECT)
 
 def network(dim, depth, heads, patch_size, **more):
@@ -65,8 +63,7 @@ def network(dim, depth, heads, patch_size, **more):
     return dict(dim=dim, depth=depth, heads=heads, patch_size=patch_size, **more)
 
 PRESETS = {
-    "demo": network(  # two CPU cores, ten minutes for both stages
-        128, 6, 4, 4,
+    "demo": network(128, 6, 4, 4,  # two CPU cores, ten minutes for both stages
         pt=DEMO | dict(batch_size=48, steps=2300, lr=4e-3, lr_schedule="constant",
                        eval_every=500, save_every=500),
         ft=DEMO | dict(batch_size=4, steps=3400,
@@ -74,12 +71,11 @@ PRESETS = {
         cm=ECT | dict(batch_size=32, steps=1200, lr=2e-3, lr_schedule="cosine", ema=0.995,
                       cm_stages=4, eval_every=500, sample_every=400, save_every=500)),
     "maskdm-64": network(512, 13, 8, 4),
-    "maskdm-256": network(
-        768, 13, 12, 4,
+    "maskdm-256": network(768, 13, 12, 4,
         pt=dict(batch_size=256, block_size=4, steps=200_000, grad_clip=1.0),
         ft=dict(batch_size=32, lr=1e-5, warmup=5000, grad_clip=1.0)),
-    "maskdit-xl": network(
-        1152, 28, 16, 2, decoder_depth=8, decoder_dim=512, decoder_heads=16, class_cond=True,
+    "maskdit-xl": network(1152, 28, 16, 2,
+        decoder_depth=8, decoder_dim=512, decoder_heads=16, class_cond=True,
         pt=MASKDIT | dict(batch_size=1024, steps=2_000_000, mask_type="patch"),
         ft=MASKDIT | dict(batch_size=512, lr=5e-5)),
     "dit-s": network(384, 12, 6, 2),
@@ -92,8 +88,7 @@ PRESETS = {
 
 # ---- Settings. Precedence: command line > with --resume the run's > the preset's recipe for the
 # stage > the default in `parse`. A network is inherited from the checkpoint that a run starts from.
-# The flags that describe a network; its other fields follow from the data.
-NETWORK_SETTINGS = {f.name: f for f in fields(ModelConfig) if f.metadata}
+NETWORK_SETTINGS = {f.name: f for f in fields(ModelConfig) if f.metadata}  # those that are flags
 NOT_STORED = ("out_dir", "resume", "force", "device", "compile")  # of this command, not of the run
 
 SCHEDULES = {  # factor of the learning rate; progress goes from 0 (after warm-up) to 1
@@ -228,7 +223,7 @@ class Stream:
         if cfg.replay:
             old_batch = round(cfg.replay_frac * cfg.batch_size)
             check(num_old and 0 < old_batch <= cfg.batch_size,
-                  f"--replay: {old_batch} of {num_old} old images in a batch of {cfg.batch_size}")
+                  f"--replay: {old_batch} old images in a batch of {cfg.batch_size}, out of {num_old}")
         new_batch = cfg.batch_size - old_batch
         self.local_new = len(range(rank, new_batch, world_size))
         # New and old images: how many per batch, how many there are, the number of the first.
@@ -326,10 +321,9 @@ def fixed_batch(images, config, device):
     g = sample.seeded(0, 3)
     quantile = (torch.randperm(n, generator=g) + 0.5) / n
     noise = torch.randn(n, config.image_size, config.image_size, config.channels, generator=g)
-    batch = dict(
-        clean=normalised(patches, config.latent),
-        noise=patchify(noise, config.patch_size),
-        sigma=sigma_of(torch.special.ndtri(quantile)))
+    batch = dict(clean=normalised(patches, config.latent),
+                 noise=patchify(noise, config.patch_size),
+                 sigma=sigma_of(torch.special.ndtri(quantile)))
     if config.num_classes:
         batch["labels"] = torch.from_numpy(images.labels[index])
     return {name: tensor.to(device) for name, tensor in batch.items()}
@@ -383,7 +377,7 @@ def setup(cfg):
 def wrap(cfg, denoiser, ema, device):
     """The network to call in training: its gradients are averaged over the processes. A fork that
     shards the weights does it here, to both networks, before the optimizers are built."""
-    if cfg.compile and device.type == "cuda" and find_spec("triton"):
+    if cfg.compile and device.type == "cuda" and importlib.util.find_spec("triton"):
         denoiser.compile(dynamic=False)
     if WORLD_SIZE == 1:
         return denoiser
@@ -404,14 +398,14 @@ def gather_state(denoiser, ema, optimizers):
     states = [optimizer.state_dict() for optimizer in optimizers]
     return dict(model=denoiser.state_dict(), ema=ema.state_dict(), optimizer=states)
 
+def param_names(states):
+    return [[group["param_names"] for group in state["param_groups"]] for state in states]
+
 def restore_optimizers(optimizers, stored):
     """Give each optimizer the state of a checkpoint; rates and betas are those of this command."""
-
-    def names(states):
-        return [[group["param_names"] for group in state["param_groups"]] for state in states]
-
     states = [optimizer.state_dict() for optimizer in optimizers]
-    check(names(states) == names(stored), "the run had another optimizer: give --init_from instead")
+    check(param_names(states) == param_names(stored),
+          "the run to resume had another optimizer: give --init_from instead")
     for optimizer, state, saved in zip(optimizers, states, stored):
         optimizer.load_state_dict(state | dict(state=deepcopy(saved["state"])))
 
@@ -438,9 +432,8 @@ def build(cfg, checkpoint, resumed, device):
     names = meta["class_names"] or []
     check(names or not cfg.class_cond, f"{cfg.data} has no labels: give --no-class_cond")
     num_classes = len(names) if cfg.class_cond else 0
-    latent = meta["latent"]
-    if checkpoint:  # the network keeps the scale that it was trained on
-        latent = checkpoint["architecture"]["latent"]
+    # A network keeps the scale of latents that it was trained on.
+    latent = checkpoint["architecture"]["latent"] if checkpoint else meta["latent"]
     config = ModelConfig(
         **{name: getattr(cfg, name) for name in NETWORK_SETTINGS},
         image_size=meta["size"], channels=meta["channels"], latent=latent or (),
@@ -454,7 +447,7 @@ def build(cfg, checkpoint, resumed, device):
     elif checkpoint:
         fresh = load_what_fits(denoiser, checkpoint[sample.WEIGHTS[cfg.init_weights]])
         fresh += names[len(known) : num_classes]
-        print0(f"these start from random weights: {', '.join(fresh) or 'none'}")
+        print0(f"these start from random weights: {fresh or 'none'}")
     ema = deepcopy(denoiser).eval().requires_grad_(False)
     if resumed:
         ema.load_state_dict(checkpoint["ema"])
@@ -464,11 +457,12 @@ def load_teacher(cfg, config, names, device):
     """The network of --distill_from, if its predictions mean the same as this one's."""
     teacher, stored = sample.load_denoiser(cfg.distill_from, "ema", device)
     known = stored["class_names"] if teacher.config.num_classes else []
-    same = all(getattr(teacher.config, field) == getattr(config, field) for field in (
+    same = all(getattr(teacher.config, name) == getattr(config, name) for name in (
         "image_size", "channels", "patch_size", "latent", "consistency", "takes_all"))
     same_classes = known == names[: len(known)] and len(known) <= config.num_classes
-    check(same and same_classes and cfg.replay and cfg.loss == "diffusion", "--distill_from needs "
-          "--replay, and a diffusion model of the same kind, images and classes")
+    check(same and same_classes and cfg.replay and cfg.loss == "diffusion",
+          f"--distill_from={cfg.distill_from} needs --replay, and a diffusion model of the same kind "
+          "of network, images and classes")
     return teacher
 
 def weight_penalties(cfg, config, names, device, autocast):
@@ -494,14 +488,6 @@ def weight_penalties(cfg, config, names, device, autocast):
         fisher = fisher_information(anchor, batch, autocast)
     return {name: (p.detach(), cfg.l2 + cfg.ewc * fisher[name])
             for name, p in anchor.named_parameters()}
-
-def images_per_pass(num_images, num_tokens, config, device):
-    """How many images to process at once: all, or on a CPU half of them, a quarter, ... until they
-    fit into its caches."""
-    if device.type == "cpu":
-        while num_images % 2 == 0 and num_images * num_tokens * config.dim > 2**20:
-            num_images //= 2
-    return num_images
 
 def start_loader(stream, step, device):
     """A thread that loads batches during the steps; and the first one, which it has loaded."""
@@ -579,8 +565,7 @@ def open_log(cfg):
 
         yield log
 
-def due(step, every):
-    """Whether what happens every so many steps (0 = never) happens after this many."""
+def due(step, every):  # 0 = never
     return every > 0 and step % every == 0
 
 # ---- The run.
@@ -590,7 +575,8 @@ def main(argv):
     check("RANK" in os.environ or os.environ.get("SLURM_NTASKS", "1") == "1", "srun starts runs "
           "that know nothing of each other: let it start torchrun --nproc_per_node=GPUS train.py")
     cfg, checkpoint, resumed = parse(argv)
-    for file in (out_path(cfg, ".pt"), previous(out_path(cfg, ".pt"))):
+    path = out_path(cfg, ".pt")
+    for file in (path, previous(path)):
         check(file not in (cfg.init_from, cfg.distill_from), f"the run would replace {file}, from "
               "which it starts: give another --out_dir")
         check(resumed or cfg.force or not os.path.exists(file), f"{file} is of an earlier run: "
@@ -602,7 +588,6 @@ def main(argv):
 def train(cfg, checkpoint, resumed, log):
     path = out_path(cfg, ".pt")
     device, autocast = setup(cfg)
-
     images, denoiser, ema = build(cfg, checkpoint, resumed, device)
     names = images.meta["class_names"] or []
     config = denoiser.config
@@ -613,17 +598,16 @@ def train(cfg, checkpoint, resumed, log):
         restore_optimizers(optimizers, checkpoint["optimizer"])
         step = checkpoint["step"]
     del checkpoint  # frees its tensors
-
     teacher = load_teacher(cfg, config, names, device) if cfg.distill_from else None
     penalized = cfg.l2 or cfg.ewc
     penalties = weight_penalties(cfg, config, names, device, autocast) if penalized else {}
     stream = Stream(images, len(Images(cfg.data)), cfg, config, device)
     num_tokens = config.grid**2 if config.takes_all else stream.num_visible
     local_batch = cfg.batch_size // WORLD_SIZE
-    micro_batch = cfg.micro_batch or images_per_pass(local_batch, num_tokens, config, device)
+    micro_batch = cfg.micro_batch or sample.images_per_pass(local_batch, num_tokens, config, device)
     check(cfg.batch_size % (WORLD_SIZE * micro_batch) == 0, f"batch_size {cfg.batch_size} is not "
           f"a multiple of {WORLD_SIZE} processes x micro_batch {micro_batch}")
-    eval_batch = images_per_pass(64, config.grid**2, config, device)
+    eval_batch = sample.images_per_pass(64, config.grid**2, config, device)
     validation = fixed_batch(Images(cfg.data, "val", cfg.patch_size, names), config, device)
 
     def save(path):
@@ -633,11 +617,11 @@ def train(cfg, checkpoint, resumed, log):
         save_on_rank0(path, gather_state(denoiser, ema, optimizers) | about)
 
     parameters = list(denoiser.parameters())
-    received = []  # signals to stop; the step that is running is finished first
+    received = []  # signals to stop, after the step that is running
     on_stop_signals(lambda number, frame: received.append(number))
     log(step, event="start", config=vars(cfg))
     num_weights = sum(p.numel() for p in parameters)
-    print0(f"{path} starts at step {step}: {num_weights / 1e6:.2f} M weights on {WORLD_SIZE} x "
+    print0(f"{path} starts at step {step} with {num_weights / 1e6:.2f} M weights on {WORLD_SIZE} x "
            f"{device}, {stream.num_visible} of {config.grid**2} patches visible")
     bar = progress_bar(total=cfg.steps, initial=step, desc=stage_of(cfg), disable=RANK > 0)
     loader, pending = start_loader(stream, step, device)
@@ -712,8 +696,8 @@ def train(cfg, checkpoint, resumed, log):
     del model  # DDP holds on to the process group
     leave()
     if bad_steps == MAX_BAD_STEPS:
-        print0(f"{bad_steps} steps in a row up to {step} were not finite. Resuming repeats them: "
-               "use --init_from, another --out_dir, and a lower --lr or --grad_clip")
+        print0(f"the last {bad_steps} steps were not finite: start anew with --init_from, another "
+               "--out_dir and a lower --lr or --grad_clip")
         sys.exit(3)
     if stopping:
         print0(f"stopped after step {step}: continue with --resume")

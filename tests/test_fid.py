@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import torch.nn.functional as F
 from conftest import make_dataset, mistake
 from PIL import Image
 
 import fid
 import model
 import sample
-from fid import Conv, Mixed
 from model import save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -151,30 +151,60 @@ def test_inception_layers_have_the_shapes_of_the_paper():
     assert list(seen)[-11:] == mixed
 
 
-def test_average_pools_leave_padding_out_and_the_last_block_takes_the_maximum(inception):
-    x = torch.arange(1.0, 10).reshape(1, 1, 3, 3)
-    expected = torch.tensor([[3, 3.5, 4], [4.5, 5, 5.5], [6, 6.5, 7]])  # corner: mean of 1 2 4 5
-    highest = torch.tensor([[5.0, 6, 6], [8, 9, 9], [8, 9, 9]])
-    for pool, pooled in ((fid.avg_pool, expected), (fid.max_pool, highest)):
-        block = Mixed(pool, branch1x1=[Conv(1, 1, 1)], branch_pool=[Conv(1, 1, 1)]).eval().requires_grad_(False)
-        for conv in block.branch1x1, block.branch_pool:
-            conv.conv.weight.fill_(1.001**0.5)  # cancels batch norm's epsilon
-        torch.testing.assert_close(block(x)[0], torch.stack([x[0, 0], pooled]))
-    halved = Mixed(fid.halve, branch3x3=[fid.half_conv(1, 2)], branch_pool=[]).eval()(x)
-    assert halved.shape == (1, 3, 1, 1) and halved[0, 2, 0, 0] == 9  # pooled input comes last
-    blocks = [layer for layer in inception.children() if isinstance(layer, Mixed)]
-    a, m, h = fid.avg_pool, fid.max_pool, fid.halve
-    assert [block.pool for block in blocks] == [a, a, a, h, a, a, a, a, h, a, m]
+def reference(state, x):
+    """The network of pytorch-fid on x (B, 3, 299, 299) in [-1, 1], written out from its weights alone."""
+
+    def conv(key, x, stride=1, same=True):
+        weight = state[f"{key}.conv.weight"]
+        padding = [k // 2 for k in weight.shape[2:]] if same and stride == 1 else 0
+        x = F.conv2d(x, weight, None, stride, padding)
+        norm = [state[f"{key}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
+        return F.relu(F.batch_norm(x, *norm, eps=0.001))
+
+    def chain(x, branch, n, stride=1):  # branch_1, ..., branch_n
+        for i in range(1, n):
+            x = conv(f"{branch}_{i}", x)
+        return conv(f"{branch}_{n}", x, stride)
+
+    def mean(x):
+        return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+
+    def block(pool, *branches):
+        return torch.cat([*branches, pool], dim=1)
+
+    x = conv("Conv2d_1a_3x3", x, 2)
+    x = conv("Conv2d_2b_3x3", conv("Conv2d_2a_3x3", x, same=False))
+    x = F.max_pool2d(x, 3, 2)
+    x = conv("Conv2d_4a_3x3", conv("Conv2d_3b_1x1", x), same=False)
+    x = F.max_pool2d(x, 3, 2)
+    for m in "Mixed_5b", "Mixed_5c", "Mixed_5d":
+        x = block(conv(f"{m}.branch_pool", mean(x)), conv(f"{m}.branch1x1", x), chain(x, f"{m}.branch5x5", 2),
+                  chain(x, f"{m}.branch3x3dbl", 3))
+    x = block(F.max_pool2d(x, 3, 2), conv("Mixed_6a.branch3x3", x, 2), chain(x, "Mixed_6a.branch3x3dbl", 3, 2))
+    for m in "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e":
+        x = block(conv(f"{m}.branch_pool", mean(x)), conv(f"{m}.branch1x1", x), chain(x, f"{m}.branch7x7", 3),
+                  chain(x, f"{m}.branch7x7dbl", 5))
+    x = block(F.max_pool2d(x, 3, 2), chain(x, "Mixed_7a.branch3x3", 2, 2), chain(x, "Mixed_7a.branch7x7x3", 4, 2))
+    for m, pooled in ("Mixed_7b", mean), ("Mixed_7c", lambda x: F.max_pool2d(x, 3, 1, 1)):
+        a, b = conv(f"{m}.branch3x3_1", x), chain(x, f"{m}.branch3x3dbl", 2)
+        x = block(conv(f"{m}.branch_pool", pooled(x)), conv(f"{m}.branch1x1", x),
+                  conv(f"{m}.branch3x3_2a", a), conv(f"{m}.branch3x3_2b", a),
+                  conv(f"{m}.branch3x3dbl_3a", b), conv(f"{m}.branch3x3dbl_3b", b))
+    return x.mean((2, 3))
 
 
-def test_parallel_convolutions_lie_side_by_side():
-    """Branches of two convolutions, the second of which is forked, as in the last blocks."""
-    block = Mixed(fid.avg_pool, branch3x3=[Conv(2, 3, 1), (Conv(3, 4, (1, 3)), Conv(3, 5, (3, 1)))])
-    block.eval().requires_grad_(False)
-    x = torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(0))
-    middle = block.branch3x3_1(x)
-    expected = torch.cat([block.branch3x3_2a(middle), block.branch3x3_2b(middle)], dim=1)
-    assert torch.equal(block(x), expected) and expected.shape == (2, 9, 6, 6)
+def test_inception_is_the_network_of_pytorch_fid(inception):
+    generator = torch.Generator().manual_seed(0)
+    state = {key: value.clone() for key, value in inception.state_dict().items()}
+    for key, value in state.items():
+        if ".bn." in key and value.is_floating_point():  # no two layers are alike
+            value += torch.rand(value.shape, generator=generator) * 0.3
+    network = fid.Inception().eval().requires_grad_(False)
+    network.load_state_dict(state)
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, 299, 299), np.uint8))
+    expected = reference(state, x / 127.5 - 1)
+    torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert expected.std() > 1e-3
 
 
 def test_random_weights_are_he_normal_from_pcg64_and_keep_the_scale(inception):
@@ -445,9 +475,7 @@ def test_every_kind_of_source_gives_the_same_features(measure, net, tmp_path):
     for source in (as_folder, as_zip, npz(tmp_path / "x.npz", x)):
         result = measure(data, source, "--features", net)
         assert abs(result["fd"]) < 1e-6 and result["b"]["n"] == 12
-    assert result["a"]["split"] == "train"
     assert measure(data, as_folder, "--features", net, "--num=5")["b"]["n"] == 5
-    assert measure(data, data, "--features", net, "--split=val")["a"]["n"] == 8
 
 
 @pytest.mark.parametrize("meta", ["{}", "[]", '{"size": 8, "class_names": ["x"]}', "{"])
@@ -563,7 +591,7 @@ def test_a_checkpoint_is_measured_by_its_samples(measure, net, tmp_path):
     drawn = npz(tmp_path / "drawn.npz", np.concatenate([x for _, x in drawn]))
     expected = measure(a, drawn, "--features", net, "--num=10")
     assert result["fd"] == pytest.approx(expected["fd"], rel=1e-3)
-    about = {"n": 10, "step": 7, "weights": "ema", "seed": 3}
+    about = {"n": 10, "step": 7, "seed": 3}
     about |= {"sampler": "euler", "steps": 2, "cfg_scale": 1.0}
     assert about.items() <= result["b"].items()
 

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import posixpath
+import re
 import shutil
 import signal
 import stat
@@ -15,7 +16,6 @@ import tarfile
 import time
 import tracemalloc
 import zipfile
-from argparse import Namespace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,7 +27,7 @@ from PIL import Image
 
 import prepare_data
 from model import normalised
-from prepare_data import Decoder, Images, Parser, main, make_face, open_folder, open_source
+from prepare_data import FACE_CLASSES, Decoder, Images, Parser, main, make_face, open_folder, open_source
 
 SCRIPT = Path(prepare_data.__file__)
 SPLITS = ("train", "val")
@@ -435,8 +435,7 @@ def test_a_val_without_classes_beside_a_train_with_classes_is_left_out(tmp_path,
     names, kept, held = layout(tmp_path, flat)
     said = told(capsys)
     assert names == ["n1", "n2"] and {*kept, *held} == {*trained} and len(held) == 1
-    for words in "'val images without a class': 2", "'test images': 1", "'.txt': 1":
-        assert words in said
+    assert re.search("'val images[^']*': 2", said) and "'test images': 1" in said and "'.txt': 1" in said
     unlabelled = images_of(*(f"train/{i}.png" for i in range(4)), "val/0.png", "val/1.png")
     names, kept, held = layout(tmp_path, unlabelled)
     assert names is None and {*held} == {"val/0.png", "val/1.png"} and len(kept) == 4
@@ -593,12 +592,7 @@ def test_incomplete_is_said_of_incomplete_files_alone(tmp_path):
     assert "a complete .zip" not in refused(tmp_path / "a.npz", "--out", tmp_path / "out")
 
 
-def test_a_full_disk_is_told_before_the_work_and_while_unpacking(tmp_path, monkeypatch):
-    src = tree(tmp_path / "src", images_of("1.png", "2.png"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Namespace(free=1000))
-    assert "no room" in refused(src, "--out", tmp_path / "out") and not (tmp_path / "out").exists()
-    monkeypatch.undo()
-
+def test_a_full_disk_is_told_while_unpacking(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
@@ -1143,10 +1137,10 @@ def test_memory_is_flat_in_the_number_of_images(tmp_path):
 
 
 def test_faces_are_deterministic():
-    image, label = make_face(5, 32, seed=3)
-    assert image.shape == (32, 32, 3) and image.dtype == np.uint8 and label == 1
-    assert np.array_equal(image, make_face(5, 32, seed=3)[0])
-    assert not np.array_equal(image, make_face(5, 32, seed=4)[0])
+    image = make_face(5, 32, seed=3)
+    assert image.shape == (32, 32, 3) and image.dtype == np.uint8
+    assert np.array_equal(image, make_face(5, 32, seed=3))
+    assert not np.array_equal(image, make_face(5, 32, seed=4)) and not np.array_equal(image, make_face(9, 32, seed=3))
 
 
 def test_glasses_are_seen_at_the_eyes_and_long_hair_below_the_chin(monkeypatch):
@@ -1157,16 +1151,13 @@ def test_glasses_are_seen_at_the_eyes_and_long_hair_below_the_chin(monkeypatch):
             row = " ".join([colour] * len(prepare_data.COLOURS[part].split()))  # as many: the same person
             with monkeypatch.context() as patch:
                 patch.setitem(prepare_data.COLOURS, part, row)
-                faces.append(make_face(index, 64)[0].astype(int))
+                faces.append(make_face(index, 64).astype(int))
         return np.abs(faces[0] - faces[1]).max(-1) > 30
 
-    for index in range(16):
-        glasses, long_hair = index % 2, index // 2 % 2
-        assert prepare_data.FACE_CLASSES[index % 4] == "long_hair" * long_hair + "short_hair" * (1 - long_hair) + \
-            "_glasses" * glasses
+    for index, name in enumerate(4 * FACE_CLASSES):
         frames, hair = changed(index, "frame"), changed(index, "hair")
-        assert (40 < frames.sum() < 1200) == glasses and not frames[:16].any() and not frames[48:].any()
-        assert (hair[52:].sum() > 50) == long_hair and hair[:32].sum() > 100
+        assert (40 < frames.sum() < 1200) == ("glasses" in name) and not frames[:16].any() and not frames[48:].any()
+        assert (hair[52:].sum() > 50) == ("long_hair" in name) and hair[:32].sum() > 100
 
 
 def test_without_a_source_faces_are_made_in_four_balanced_classes(tmp_path, monkeypatch):
@@ -1176,14 +1167,14 @@ def test_without_a_source_faces_are_made_in_four_balanced_classes(tmp_path, monk
     (train, labels, meta), (_, val_labels, _) = (open_folder("data/faces", s) for s in SPLITS)
     assert train.shape == (36, 16, 16, 3) and len(meta["class_names"]) == 4
     assert np.bincount(np.concatenate([labels, val_labels])).tolist() == [10] * 4
-    faces = {make_face(i, 16)[0].tobytes(): i % 4 for i in range(40)}
-    assert all(faces[x.tobytes()] == y for x, y in zip(train, labels))
+    name_of = {make_face(i, 16).tobytes(): FACE_CLASSES[i % 4] for i in range(40)}
+    assert all(name_of[x.tobytes()] == meta["class_names"][y] for x, y in zip(train, labels))
 
 
 @pytest.mark.parametrize(("argv", "words"), [
     (["--sizes=3"], ["--sizes"]),
     (["--val-frac", "0.1"], ["--val-frac"]),
-    (["--size", "big"], ["--size", "'big'", "int"]),
+    (["--size", "big"], ["--size", "big"]),
     (["--size=0"], ["--size", "0", ">= 1"]),
     (["--val_frac=1.5"], ["--val_frac", "1.5", "< 1"]),
     (["--channels=2"], ["--channels", "2"]),
