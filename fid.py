@@ -156,7 +156,7 @@ class Inception(nn.Sequential):
 
 def random_weights(net):
     """He-normal convolutions, drawn by numpy, whose streams do not change."""
-    rng = np.random.Generator(np.random.PCG64(0))
+    rng = np.random.default_rng(0)
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             weight = module.weight
@@ -183,14 +183,15 @@ def file_hash(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 def load_features(args):
-    """The network uint8 (B, 3, H, W) -> (B, D), and its identity: "KEY HASH", KEY one of LABELS."""
+    """The network uint8 (B, 3, H, W) -> (B, D), and its identity, "KEY HASH": the KEY "fid", or
+    "random_fd" for random weights, "fd" for a TorchScript file."""
     if args.features not in ("inception", "random"):
         net = torch.jit.load(args.features, map_location=args.device).eval()
         return net, f"fd {file_hash(args.features)}"
     net = Inception().eval().requires_grad_(False)
     if args.features == "random":
         random_weights(net)
-        identity = "random_fd PCG64(0)"
+        identity = "random_fd default_rng(0)"
     else:
         identity = f"fid {file_hash(load_public_weights(net, args.weights))}"
     for module in net.modules():
@@ -237,7 +238,7 @@ def statistics_source(path, arrays):
     """mu and sigma; ADM's reference batches also hold some images, for KID and precision."""
     mu = np.float64(arrays["mu"])
     sigma = np.float64(arrays["sigma"])
-    check(sigma.shape == 2 * mu.shape and np.isfinite(sigma).all(),
+    check(mu.ndim == 1 and sigma.shape == 2 * mu.shape and np.isfinite([mu, *sigma]).all(),
           f"{path}: mu {mu.shape} and sigma {sigma.shape} are no statistics, or not finite")
     net = str(arrays.get("net", "fid unknown"))
     num = int(arrays.get("n", 0))
@@ -281,6 +282,7 @@ def measure(source, net, identity, args):
             y = F.pad(y.double(), (0, 1), value=1.0)
             moments += y.T @ y
     num = moments[-1, -1]
+    check(num > 1, f"{source.path} holds only one image")
     if source.mu is None:
         mean = moments[-1, :-1] / num
         covariance = moments[:-1, :-1] / num - torch.outer(mean, mean)
@@ -306,7 +308,8 @@ def extract(net, images, path, device):
 def matrix_factor(sigma):
     """A with A A^T = sigma, without the directions of no variance."""
     values, vectors = torch.linalg.eigh(torch.from_numpy(sigma))
-    kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+    eps = torch.finfo(values.dtype).eps
+    kept = values > len(values) * eps * values[-1]
     return vectors[:, kept] * values[kept].sqrt()
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -316,7 +319,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     product = matrix_factor(sigma1).T @ matrix_factor(sigma2)
     cross = torch.linalg.svdvals(product).sum().item()
     means = np.sum((mu1 - mu2) ** 2)
-    return max(0.0, float(means + np.trace(sigma1) + np.trace(sigma2) - 2 * cross))
+    traces = np.trace(sigma1) + np.trace(sigma2)
+    return max(0.0, float(means + traces - 2 * cross))
 
 def mmd(x, y):
     """Unbiased squared maximum mean discrepancy with kernel (x.y / D + 1)^3."""
@@ -361,9 +365,10 @@ BINS = 10  # of ln sigma, by which losses are reported
 def decoder_nats(z, values, sigma=SIGMA_MIN):
     """-ln p(v | z) of 8-bit values: p = softmax over the levels v_k of -(z - v_k)^2 / (2 sigma^2).
     z any shape, in [-1, 1] and noisy; values uint8 of that shape."""
-    levels = torch.arange(256, device=z.device, dtype=z.dtype) / 127.5 - 1
+    levels = torch.arange(256).to(z) / 127.5 - 1
     logits = -((z.reshape(-1, 1) - levels) ** 2) / (2 * sigma**2)
-    log_p = logits.log_softmax(dim=1).gather(1, values.reshape(-1, 1).long())
+    level = values.reshape(-1, 1).long()
+    log_p = logits.log_softmax(dim=1).gather(1, level)
     return -log_p.view(z.shape)
 
 def variational_bound(denoise, values, generator):
@@ -382,7 +387,8 @@ def variational_bound(denoise, values, generator):
     for i in range(BINS):
         # One random place in the bin, and the images evenly over it: less chance, no bias.
         place = torch.randperm(b, generator=generator) + torch.rand(1, generator=generator)
-        sigma = SIGMA_MIN * torch.exp(width * (i + place / b)).to(x.device)
+        sigma = SIGMA_MIN * torch.exp(width * (i + place / b))
+        sigma = sigma.to(x.device)
         denoised = denoise(noised(x, randn(), sigma), sigma)
         losses.append(denoising_loss(denoised, x, sigma))
         error = (denoised - x).square().sum((1, 2))
@@ -396,7 +402,11 @@ def bits_per_dim(folder, denoiser, class_names, args):
     validation images of a prepared set."""
     config = denoiser.config
     images = Images(folder, "val", config.patch_size, class_names)
-    check(images.meta["dtype"] == "uint8", f"{folder} holds latents: bits are for 8-bit images")
+    form = (images.meta["size"], images.meta["channels"], images.meta["dtype"])
+    expected = (config.image_size, config.channels, "uint8")
+    known = not class_names or images.meta["class_names"] == class_names
+    check(form == expected and known, f"{folder} holds {form}, but the model needs {expected} and "
+          f"no classes but {class_names}")
     generator = sample.seeded(args.seed, 7)
     num = min(len(images), args.num or 512)
     results = []
@@ -427,10 +437,8 @@ def report_bits_per_dim(args):
     print(json.dumps(results))
 
 # ---- The command line.
-LABELS = {"fid": "FID", "random_fd": "random-feature FD", "fd": "FD in TorchScript features"}
-
 def protocol(sources, args):
-    """(key of LABELS, how the figures came about and what makes them doubtful)."""
+    """(KEY of the features, how the figures came about and what makes them doubtful)."""
     keys, digests = zip(*[source.net.split() for source in sources])
     widths = {len(source.mu) for source in sources}
     nets = {source.net for source in sources} - {"fid unknown"}
@@ -440,12 +448,12 @@ def protocol(sources, args):
                 for source in sources if 0 < source.num < max(2048, *widths)]
     if nets != {f"fid {WEIGHTS_SHA256}"} and keys[0] == "fid":
         warnings.append("not all Inception weights are known to be the public ones")
-    resize = "299x299 bilinear, antialias=False, align_corners=False"
     about = dict(
-        features=LABELS[keys[0]],
+        features=keys[0],
         weights=digests,
-        resize="none" if keys[0] == "fd" else resize,
         warnings=warnings)
+    if keys[0] != "fd":
+        about["resize"] = "299x299 bilinear, antialias=False, align_corners=False"
     for name, source in zip("ab", sources):
         about[name] = dict(path=source.path, n=source.num, **source.about)
     return keys[0], about
@@ -505,7 +513,7 @@ def main(argv=None):
         print(json.dumps(results | about))
     else:
         for name, value in results.items():
-            print(f"{LABELS.get(name, name)} {value:.6g}")
+            print(f"{name} {value:.6g}")
     if args.stats:
         statistics = dict(mu=a.mu, sigma=a.sigma, n=a.num, net=a.net)
         replace_file(args.stats, lambda file: np.savez(file, **statistics))

@@ -347,7 +347,7 @@ def sampler_levels(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     start = sigma_max ** (1 / rho)
     end = sigma_min ** (1 / rho)
     levels = (start + i * (end - start)) ** rho
-    return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
+    return torch.cat([levels, levels.new_zeros(1)])
 
 def normalised(data, latent):
     """8-bit values to [-1, 1]; latents (..., p*p*C) to mean 0 and deviation SIGMA_DATA in each
@@ -616,7 +616,8 @@ def load_checkpoint(path, resume=False):
           "can start from it with --init_from")
     weights = checkpoint.get("model") or checkpoint.get("ema")
     check(weights, f"{path} has neither model nor ema")
-    class_names = [str(i) for i in range(architecture["num_classes"])]
+    rows = weights.get("net.label_embed.weight", [None])  # the last one is "no class"
+    class_names = [str(i) for i in range(len(rows) - 1)]
     # What the file has replaces these defaults.
     return dict(model=weights, ema=weights, config={}, step=0, class_names=class_names) | checkpoint
 

@@ -72,11 +72,13 @@ def open_folder(folder, split="train"):
         if meta["class_names"]:
             labels = np.load(f"{folder}/{split}_labels.npy")
         shape = (meta[f"num_{split}"], meta["size"], meta["size"], meta["channels"])
-        check(images.shape == shape and images.dtype == meta["dtype"] and len(labels) == shape[0],
+        known = range(-1, len(meta["class_names"] or []))
+        check(images.shape == shape and images.dtype == meta["dtype"] and len(labels) == shape[0]
+              and set(labels.tolist()) <= set(known),
               f"{split}.npy is {images.dtype} {images.shape} with {len(labels)} labels")
     except Exception as error:  # noqa: BLE001 (damaged or foreign files can raise anything)
-        check(False, f"{folder} is not a complete data set ({error!r:.300}): make it with "
-              f"prepare_data.py SRC --out {folder}")
+        check(False, f"{folder} is not a complete data set ({type(error).__name__}: {error}): make "
+              f"it with prepare_data.py SRC --out {folder}")
     return images, labels, meta
 
 class Images:
@@ -91,8 +93,8 @@ class Images:
         self.patch_size = patch_size
         self.arrays = []  # of each folder, (N, H, W, C)
         labels = []
+        metas = []
         names = list(class_names)
-        formats = set()
         for folder in folders.split(","):
             array, own_labels, meta = open_folder(folder, split)
             own_names = meta["class_names"] or []
@@ -100,10 +102,11 @@ class Images:
             united = [names.index(name) for name in own_names] + [-1]  # the last one is for -1
             labels += [united[label] for label in own_labels]
             self.arrays.append(array)
-            formats.add((meta["size"], meta["channels"], meta["dtype"]))
+            metas.append(meta)
+        formats = {(meta["size"], meta["channels"], meta["dtype"]) for meta in metas}
         check(len(formats) == 1, f"{folders} hold images of {formats}: prepare them alike")
         self.labels = np.array(labels, np.int64)
-        self.meta = meta | {"class_names": names or None}
+        self.meta = metas[0] | {"class_names": names or None}
 
     def __len__(self):
         return len(self.labels)
@@ -159,8 +162,8 @@ def open_source(src, temp_dir, labels=None):
     except ValueError as error:
         check(False, f"{src}: {error}")
     except Exception as error:  # noqa: BLE001 (a damaged archive can raise nearly anything)
-        check(False, f"cannot read {src} ({error!r:.300}): expected a folder, or a complete "
-              ".zip, .tar(.gz), .npz or .npy")
+        check(False, f"cannot read {src} ({type(error).__name__}: {error}): expected a folder, or "
+              "a complete .zip, .tar(.gz), .npz or .npy")
 
 def list_files(root):
     """Sorted paths inside a folder of all its files, without .DS_Store, @eaDir, __MACOSX, ..."""
@@ -172,12 +175,14 @@ def list_files(root):
             continue
         visited.add(os.path.realpath(folder))
         subfolders.sort()
-        paths += [Path(folder, name).relative_to(root).as_posix() for name in names]
+        files = [Path(folder, name) for name in names]
+        # Opening a named pipe would wait for ever.
+        paths += [file.relative_to(root).as_posix() for file in files if not file.is_fifo()]
     return [path for path in sorted(paths) if not re.search(r"(^|/)(\.|@|__)", path)]
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 # trainA, test2017, val_64, testset and dev, but neither trains nor valley nor device
-LOOKS_LIKE_SPLIT = r"(?i:train|val|valid|validation|test|dev)((?i:ing|set)|[A-Z]|[^a-zA-Z].*)?"
+LOOKS_LIKE_SPLIT = r"(?i:(train|val|valid|validation|test|dev)(ing|set)?)([A-Z]|[^a-zA-Z].*)?"
 
 def file_source(root, paths):
     """Image files. What is a class is a rule, not a guess:
@@ -303,7 +308,7 @@ def cifar_arrays(root, paths):
     arrays = {}
     for path in paths:
         path = f"{root}/{path}"
-        if not re.search(r"data_batch_\d|test_batch|batches.meta|cifar-100-python/\w+$", path):
+        if not re.search(r"/(data_batch_\d|test_batch|batches.meta|cifar-100-python/\w+)$", path):
             continue
         with open(path, "rb") as file:
             content = SafeUnpickler(file, encoding="latin1").load()
@@ -326,16 +331,17 @@ def array_source(images, labels=None, val_images=(), val_labels=(), class_names=
     items = [np.atleast_3d(item) for item in items]  # (H,W,C), views: nothing is read yet
     height, width, channels = items[0].shape
     dtype = items[0].dtype
-    is_image = dtype == np.uint8 and channels in (1, 3, 4)
+    is_image = dtype == np.uint8 and channels in (1, 3, 4) and np.ndim(images) > 2
     is_latent = dtype.kind == "f" and height == width
     check(is_image or is_latent, f"it holds {dtype} {np.shape(images)}, expected uint8 (N,H,W,C), "
           "or float (N,C,S,S) for latents")
+    check(is_image or len({item.shape for item in items}) == 1, "its latents differ in shape")
     if is_image:
         channels = min(channels, 3)  # transparency is not kept
     classes = [""] * len(items)
     if labels is not None:
         y = np.array([*np.ravel(labels), *np.ravel(val_labels)])
-        check(y.dtype.kind in "iu" and len(y) == len(items),
+        check(y.dtype.kind in "iu" and len(y) == len(items) and min(y) >= -1,
               f"labels {y.dtype} {np.shape(labels)} are not {len(items)} class numbers")
         if class_names is None:
             class_names = range(max(y) + 1)
@@ -388,7 +394,7 @@ class Decoder:
         if self.grey_values and not self.grey_range:
             low, high = np.min(self.grey_values), np.max(self.grey_values)
             check(low >= 0 and 2**15 <= high < 2**16, f"grey images of more than 8 bits hold "
-                  f"{low:g} to {high:g}: name black and white, like --range {low:g} {high:g}")
+                  f"{low:g} to {high:g}: name black and white, as prepare_data.py --range does")
 
     def decode(self, item):
         """The path of a file, or an array -> pixels."""
@@ -404,6 +410,7 @@ class Decoder:
         image = ImageOps.exif_transpose(image)  # decodes everything: a truncated file fails here
         if image.mode.startswith(("I", "F")):  # grey of more than 8 bits, which Pillow would clip
             values = np.asarray(image).astype(float)
+            check(np.isfinite(values).all(), "values that are not finite")
             self.grey_values.append((values.min(), values.max()))
             low, high = self.grey_range or (0, 65535)
             values = np.clip((values - low) / (high - low), 0, 1)
@@ -429,7 +436,7 @@ def choose(source, num=None, classes=None, val_frac=0.05, seed=0):
         check(wanted <= set(names), f"--classes {classes}: there are {sorted(set(names))}")
     num_train = len(names) - source.num_val
     val = [i for i in range(num_train, len(names)) if names[i] in wanted]
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(num_train).tolist()
+    order = np.random.default_rng(seed).permutation(num_train).tolist()
     order = [i for i in order if names[i] in wanted]
     rank = {}  # how many images of the same class come before this one
     counts = Counter()
@@ -589,13 +596,15 @@ def main(argv=None):
     add("seed", 0, "seed of the order of the images, and of the faces")
     add("force", False, "replace an existing data set")
     args = parser.parse_args(argv)
+    check(not args.range or args.range[0] < args.range[1], "--range expects black below white")
 
     name = Path(args.src or "faces").resolve().stem.removesuffix(".tar")
     out = os.path.realpath(args.out or f"data/{name}")
     parent = os.path.dirname(out)
     if os.path.exists(out) and os.listdir(out):
-        check(args.force and set(os.listdir(out)) <= DATA_FILES, f"{out} exists: give another "
-              "--out, or --force, which replaces a data set and nothing else")
+        is_set = {"train.npy", "meta.json"} <= set(os.listdir(out)) <= DATA_FILES
+        check(args.force and is_set, f"{out} exists: give another --out, or --force, which only "
+              "replaces data sets")
     os.makedirs(parent, exist_ok=True)
     # The set is written beside its place and moved there when complete.
     with TemporaryDirectory(".tmp", dir=parent) as temp_dir:
@@ -615,9 +624,9 @@ def main(argv=None):
         meta["preprocessing"] = vars(args)
         Path(new, "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         if os.path.exists(out):
-            os.rename(out, f"{out}.old")
+            os.rename(out, f"{temp_dir}.old")
         os.rename(new, out)
-        shutil.rmtree(f"{out}.old", ignore_errors=True)
+        shutil.rmtree(f"{temp_dir}.old", ignore_errors=True)
     say(f"{out}: {meta['num_train']} images, {meta['num_val']} held out, {meta['rejected']} "
         "rejected")
 
@@ -633,15 +642,12 @@ COLOURS = {
     "iris": "#3d2a20 #2a5a94 #2f6e46 #5d4a26",
 }
 INK = "#3c1e28"
-CURLS = [(1.02 * np.cos(a), -0.25 - np.sin(a), 0.33, 0.33) for a in np.linspace(0, np.pi, 9)]
-QUIFF = [(0.3, -1.1, 0.7, 0.4)]  # an oval: its centre, and half its width and height
 SHADOW = Image.radial_gradient("L").crop((96, 96, 256, 256)).point(lambda v: 0.4 * v)
 
 def make_face(index, size=64, seed=0):
     """Face `index`, uint8 (size,size,3); its class is FACE_CLASSES[index % 4]."""
     rng = np.random.default_rng([seed, index])
     skin, hair, cloth, wall, frame, iris = [rng.choice(row.split()) for row in COLOURS.values()]
-    top = [[], CURLS, QUIFF][rng.integers(3)]  # of the hair
     turn, shift, smile, brow, part = rng.uniform(-0.1, 0.1, 5)
     label = index % 4
     canvas = 3 * size  # painted large and reduced at the end, for smooth edges
@@ -651,7 +657,7 @@ def make_face(index, size=64, seed=0):
     draw = ImageDraw.Draw(image, "RGBA")
     shadow = SHADOW.resize(image.size)
 
-    def box(x, y, rx, ry):
+    def box(x, y, rx, ry):  # of an oval: its centre, and half its width and height
         x, y = x + 1.85 + shift, y + 1.75
         return [unit * v for v in (x - rx, y - ry, x + rx, y + ry)]
 
@@ -678,7 +684,7 @@ def make_face(index, size=64, seed=0):
         draw.arc(box(x, brow - 0.15, 0.26, 0.2), 210, 330, INK, line)
     draw.arc(box(turn, 0.42, 0.36, 0.22 + smile), 20, 160, "#b03c46", line)
     face = [(2 * part, 0.45, 0.86, 1), (0, 1.25, 1.3, 1.1)]
-    paint(hair, (0, -0.18, 1.1, 1.12), *top, openings=face)
+    paint(hair, (0, -0.18, 1.1, 1.12), openings=face)
     if label % 2:
         for x in turn - 0.43, turn + 0.43:
             draw.ellipse(box(x, 0.06, 0.36, 0.34), None, frame, line)

@@ -33,6 +33,10 @@ RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
+def print0(text):
+    if RANK == 0:
+        say(text)
+
 # ---- Random numbers.
 def seed_of(*numbers):
     """One 63-bit seed for a tuple of non-negative numbers."""
@@ -101,7 +105,7 @@ def guided(denoiser, labels, scale):
     Scale 1 evaluates only the labels, 0 only the null class."""
 
     def denoise(x, sigma):
-        sigma = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
+        sigma = x.new_full((len(x),), sigma)
         if labels is None or scale == 1:
             return denoiser(x, sigma, labels=labels)
         null = torch.full_like(labels, -1)
@@ -193,13 +197,7 @@ def write_all(out, batches, num, batch_size, recipe, class_names):
     shutil.rmtree(folder)
 
 def save_grid(path, images):
-    """Write images uint8 (N, H, W, C) as one PNG; latents (N, C, H, W): the first channels."""
-    if images.dtype != np.uint8:
-        low, high = images.min(), images.max()
-        images = np.uint8((images - low) / max(high - low, 1e-9) * 255)
-        images = images.transpose(0, 2, 3, 1)
-        shown = 3 if images.shape[3] >= 3 else 1
-        images = images[..., :shown]
+    """Write images uint8 (N, H, W, C) as one PNG."""
     num, height, width, channels = images.shape
     columns = math.ceil(num**0.5)
     gap = max(1, width // 32)
@@ -298,8 +296,8 @@ def main(argv=None):
     suffix = os.path.splitext(args.out.lower())[1]
     check(suffix in (".png", ".npz", ""), f"--out {args.out}: expected a grid .png, an .npz, or a "
           "folder without a suffix")
-    check(suffix or not denoiser.config.latent, "this model makes latents: give an --out that ends "
-          "in .npz, and decode that")
+    check(suffix == ".npz" or not denoiser.config.latent, "this model makes latents: give an --out "
+          "that ends in .npz, and decode that")
     check(suffix or not os.path.exists(args.out), f"{args.out} exists: give another --out")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     if RANK == 0:
@@ -311,8 +309,7 @@ def main(argv=None):
         return generate(denoiser, numbers, batch_size=args.batch_size,
                         dtype=getattr(torch, args.dtype), **settings)
 
-    if RANK == 0:
-        say(f"{args.num} samples of {args.ckpt} at step {checkpoint['step']}: {settings}")
+    print0(f"{args.num} samples of {args.ckpt} at step {checkpoint['step']}: {settings}")
     if suffix != ".png":
         recipe = vars(args) | settings | dict(modified=os.path.getmtime(args.ckpt))
         write_all(args.out, batches, args.num, args.batch_size, recipe, names)
@@ -322,8 +319,7 @@ def main(argv=None):
         save_grid(args.out, np.concatenate([images for _, images in made]))
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
-    if RANK == 0:
-        say(f"wrote {args.out}")
+    print0(f"wrote {args.out}")
 
 if __name__ == "__main__":
     run_script(main)

@@ -32,7 +32,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle OpenMP threads give up 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import sample
@@ -40,9 +39,8 @@ from model import (
     CONSISTENCY_WEIGHTS, MASKS, NETWORK, NOISE, OBJECTIVES, P_MEAN, P_STD, Block, Denoiser,
     ModelConfig, Muon, distill_targets, find_checkpoint, fisher_information, load_checkpoint,
     load_what_fits, make_mask, normalised, objective, patchify, previous, save_checkpoint, sigma_of)
-from prepare_data import Images, Parser, check, on_stop_signals, progress_bar, run_script, say
-from sample import RANK, WORLD_SIZE
-
+from prepare_data import Images, Parser, check, on_stop_signals, progress_bar, run_script
+from sample import RANK, WORLD_SIZE, print0
 fcntl = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
 
 # ---- Presets: a network, and what its recipes for the stages (pt: masked, ft: whole images, cm:
@@ -222,8 +220,8 @@ class Stream:
         old_batch = 0
         if cfg.replay:
             old_batch = round(cfg.replay_frac * cfg.batch_size)
-            check(num_old and 0 < old_batch <= cfg.batch_size,
-                  f"--replay: {old_batch} old images in a batch of {cfg.batch_size}, out of {num_old}")
+            check(num_old and 0 < old_batch <= cfg.batch_size, f"--replay: {old_batch} old images "
+                  f"in a batch of {cfg.batch_size}, out of {num_old}")
         new_batch = cfg.batch_size - old_batch
         self.local_new = len(range(rank, new_batch, world_size))
         # New and old images: how many per batch, how many there are, the number of the first.
@@ -359,10 +357,6 @@ def set_learning_rates(optimizers, cfg, step):
 
 # ---- Processes: torchrun and DDP. A fork that shards the weights (FSDP2) replaces this section,
 # whose functions are called on all ranks.
-def print0(text):
-    if RANK == 0:
-        say(text)
-
 def setup(cfg):
     """Join the other processes; returns the device of this one and its autocast."""
     device = sample.pick_device(cfg.device)
@@ -435,9 +429,9 @@ def build(cfg, checkpoint, resumed, device):
     # A network keeps the scale of latents that it was trained on.
     latent = checkpoint["architecture"]["latent"] if checkpoint else meta["latent"]
     config = ModelConfig(
-        **{name: getattr(cfg, name) for name in NETWORK_SETTINGS},
+        **{name: getattr(cfg, name) for name in NETWORK_SETTINGS}, num_classes=num_classes,
         image_size=meta["size"], channels=meta["channels"], latent=latent or (),
-        num_classes=num_classes, consistency=cfg.loss == "consistency")
+        consistency=cfg.loss == "consistency")
     torch.manual_seed(sample.seed_of(cfg.seed, 4))
     denoiser = Denoiser(config).to(device)
     if resumed:
@@ -461,19 +455,17 @@ def load_teacher(cfg, config, names, device):
         "image_size", "channels", "patch_size", "latent", "consistency", "takes_all"))
     same_classes = known == names[: len(known)] and len(known) <= config.num_classes
     check(same and same_classes and cfg.replay and cfg.loss == "diffusion",
-          f"--distill_from={cfg.distill_from} needs --replay, and a diffusion model of the same kind "
-          "of network, images and classes")
+          f"--distill_from={cfg.distill_from}: it needs --replay and a like model, images, classes")
     return teacher
 
 def weight_penalties(cfg, config, names, device, autocast):
-    """{name: (p0, c)} for a penalty 1/2 c (p - p0)^2: p0 the weights of init_from (zero for classes
-    that it does not know), c = l2 + ewc times their Fisher information. Estimated again, and
-    identically, when a run is resumed."""
+    """{name: (p0, c)} for a penalty 1/2 c (p - p0)^2: p0 the weights of init_from, zero for unknown
+    classes, c = l2 + ewc times their Fisher information, the same when a run is resumed."""
     check(cfg.init_from, "--l2 and --ewc need --init_from, whose weights they hold on to")
     stored = load_checkpoint(cfg.init_from)
     anchor = Denoiser(config).to(device)
     for p in anchor.parameters():
-        nn.init.zeros_(p)
+        p.data.zero_()
     fresh = load_what_fits(anchor, stored[sample.WEIGHTS[cfg.init_weights]])
     check(not fresh, f"--l2 and --ewc: {cfg.init_from} has no such weights as {fresh}")
     fisher = defaultdict(float)
@@ -562,7 +554,6 @@ def open_log(cfg):
                 file.write(f"{line}\n".encode())
             except OSError as error:  # a full disk should not end the run before its checkpoint
                 warnings.warn(f"lines of {path} are lost: {error}")
-
         yield log
 
 def due(step, every):  # 0 = never
@@ -620,9 +611,8 @@ def train(cfg, checkpoint, resumed, log):
     received = []  # signals to stop, after the step that is running
     on_stop_signals(lambda number, frame: received.append(number))
     log(step, event="start", config=vars(cfg))
-    num_weights = sum(p.numel() for p in parameters)
-    print0(f"{path} starts at step {step} with {num_weights / 1e6:.2f} M weights on {WORLD_SIZE} x "
-           f"{device}, {stream.num_visible} of {config.grid**2} patches visible")
+    print0(f"{path} starts at step {step}: {sum(p.numel() for p in parameters) / 1e6:.2f} M weights"
+           f" on {WORLD_SIZE} x {device}, {stream.num_visible} of {config.grid**2} patches visible")
     bar = progress_bar(total=cfg.steps, initial=step, desc=stage_of(cfg), disable=RANK > 0)
     loader, pending = start_loader(stream, step, device)
     first_step = step
@@ -667,7 +657,6 @@ def train(cfg, checkpoint, resumed, log):
         step += 1
         bar.update()
         seconds += time.time() - began
-
         if due(step, cfg.log_every) and bad_steps == 0:
             rate = (step - first_step) * cfg.batch_size / seconds
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
@@ -678,7 +667,7 @@ def train(cfg, checkpoint, resumed, log):
                 val_loss = evaluate(ema, validation, cfg, eval_batch)
             log(step, val_loss=val_loss)
             print0(f"step {step}: validation loss {val_loss:.4f}")
-        if due(step, cfg.sample_every):
+        if due(step, cfg.sample_every) and not config.latent:
             batches = sample.generate(ema, range(16), seed=cfg.seed)
             grid = np.concatenate([images for _, images in batches])
             if RANK == 0:
@@ -696,8 +685,7 @@ def train(cfg, checkpoint, resumed, log):
     del model  # DDP holds on to the process group
     leave()
     if bad_steps == MAX_BAD_STEPS:
-        print0(f"the last {bad_steps} steps were not finite: start anew with --init_from, another "
-               "--out_dir and a lower --lr or --grad_clip")
+        print0("too many steps were not finite: start anew with --init_from and a lower --lr")
         sys.exit(3)
     if stopping:
         print0(f"stopped after step {step}: continue with --resume")

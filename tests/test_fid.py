@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.ndimage
 import torch
 import torch.nn.functional as F
 from conftest import make_dataset, mistake
@@ -201,10 +202,15 @@ def test_inception_is_the_network_of_pytorch_fid(inception):
             value += torch.rand(value.shape, generator=generator) * 0.3
     network = fid.Inception().eval().requires_grad_(False)
     network.load_state_dict(state)
-    x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, 299, 299), np.uint8))
-    expected = reference(state, x / 127.5 - 1)
-    torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-    assert expected.std() > 1e-3
+    for size in 32, 299, 340:
+        x = np.random.default_rng(size).integers(0, 256, (3, size, size), np.uint8)
+        place = (np.arange(299) + 0.5) * size / 299 - 0.5  # in the image, of each pixel that the network sees
+        grid = np.meshgrid(place, place, indexing="ij")
+        resized = [scipy.ndimage.map_coordinates(c / 127.5 - 1, grid, order=1, mode="nearest") for c in x]
+        expected = reference(state, torch.from_numpy(np.float32([resized])))
+        found = network(torch.from_numpy(x[None]))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+        assert expected.std() > 1e-3
 
 
 def test_random_weights_are_he_normal_from_pcg64_and_keep_the_scale(inception):
@@ -520,12 +526,12 @@ def test_random_features_are_never_called_fid(measure, capsys, tmp_path, monkeyp
     a, b = npz(tmp_path / "a.npz", images(2)), npz(tmp_path / "b.npz", images(2, seed=1))
     fid.main([a, b, "--features=random", "--device=cpu", f"--stats={tmp_path}/stats.npz"])
     out, err = capsys.readouterr()
-    assert out == "random-feature FD 1.5\n"
-    assert "random-feature FD" in err and "FID" not in out
+    assert out == "random_fd 1.5\n"
+    assert "random_fd" in err and "FID" not in out
     stats = tmp_path / "stats.npz"  # they know of which network they are
     result = measure(stats, stats)
     assert "fid" not in result and result["random_fd"] == 1.5
-    assert result["features"] == "random-feature FD" and len(set(result["weights"])) == 1
+    assert result["features"] == "random_fd" and len(set(result["weights"])) == 1
     assert "bilinear" in result["resize"]
     assert len(result["warnings"]) == 2  # both have fewer than 2,048 images
 

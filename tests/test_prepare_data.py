@@ -672,6 +672,8 @@ def test_num_is_the_number_of_training_images_of_any_source(tmp_path):
 def test_images_read_as_slices_of_the_whole_images_of_several_folders(tmp_path):
     folders = [make_dataset(tmp_path / f"{i}", n=n, seed=i) for i, n in enumerate((5, 9, 3))]
     rng, p = np.random.default_rng(0), 4
+    for folder, n in zip(folders, (5, 9, 3)):
+        np.save(folder / "train.npy", noise(n, 16 * n, 16).reshape(n, 16, 16, 3))
     whole = np.concatenate([np.load(folder / "train.npy") for folder in folders])
     images = Images(",".join(map(str, folders)), patch_size=p)
     assert len(images) == 17 and images.meta["class_names"] is None
@@ -808,8 +810,9 @@ def test_grey_of_the_full_16_bits_is_scaled_by_it(tmp_path, form, low, high):
 
 @pytest.mark.parametrize(("form", "low", "high"), [
     *((form, 0, 4095) for form in GREY),  # 12 bits
-    ("16-bit PNG", 300, 900), ("16-bit TIFF", 0, 1), ("signed 16-bit TIFF", -1024, 3071),  # Hounsfield units
-    ("signed 16-bit TIFF", -32768, 32767), ("signed 32-bit TIFF", -5, 65000), ("signed 32-bit TIFF", 0, 1_000_000),
+    ("16-bit PNG", 300, 900), ("16-bit PNG", 0, 32767), ("16-bit TIFF", 0, 1),
+    ("signed 16-bit TIFF", -1024, 3071), ("signed 16-bit TIFF", -32768, 32767),  # the first: Hounsfield units
+    ("signed 32-bit TIFF", -5, 65000), ("signed 32-bit TIFF", 0, 1_000_000),
     ("unsigned 32-bit TIFF", 0, 70_000), ("float TIFF", 0, 1), ("float TIFF", -0.5, 2.25)])
 def test_grey_of_another_range_is_refused_once_and_scaled_as_told(tmp_path, capsys, form, low, high):
     files, values = grey_files(form, low, high)

@@ -1,5 +1,6 @@
 """Every measured table of README and of the results is what a file under assets/results/ says; budgets hold."""
 
+import ast
 import io
 import json
 import re
@@ -108,14 +109,47 @@ def test_links_and_files_of_the_pages_exist():
         assert (ROOT / path).exists()
 
 
+def docstring_lines(tree):
+    """Line numbers of all docstrings."""
+    lines = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            lines |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return lines
+
+
+def density(text):
+    """(tokens of code, lines of code, conditional expressions) of a script, without comments and docstrings."""
+    tree = ast.parse(text)
+    described = docstring_lines(tree)
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline)
+              if t.type not in layout and t.start[0] not in described]
+    lines = {number for t in tokens for number in range(t.start[0], t.end[0] + 1)}
+    return len(tokens), len(lines), sum(isinstance(node, ast.IfExp) for node in ast.walk(tree))
+
+
+def test_the_budget_counts_tokens_of_code():
+    text = '"""About."""\n\nx = 1  # one\n\n\ndef f(a):\n    """What f does."""\n    return a if a else (\n        x)\n'
+    assert density(text) == (3 + 6 + 8, 4, 1)  # x = 1; def f ( a ) :; return a if a else ( x )
+
+
 def test_the_scripts_keep_to_their_budgets():
-    lines = {name: (ROOT / name).read_text().splitlines() for name in SCRIPTS}
-    assert max(map(len, lines.values())) <= 520 and sum(map(len, lines.values())) <= 2200
+    texts = {name: (ROOT / name).read_text() for name in SCRIPTS}
+    measured = {name: density(text) for name, text in texts.items()}
+    assert sum(tokens for tokens, _, _ in measured.values()) <= 24_500
+    for name, (tokens, lines, conditional) in measured.items():
+        assert tokens <= 11 * lines, f"{name}: {tokens} tokens in {lines} lines of code"
+        assert conditional <= 0.03 * lines, f"{name}: {conditional} conditional expressions in {lines} lines of code"
+    counts = {name: len(text.splitlines()) for name, text in texts.items()}
+    assert max(counts.values()) <= 700 and sum(counts.values()) <= 2900
+    assert all(len(line) <= 100 for text in texts.values() for line in text.splitlines())
     assert len(PAGES["README.md"].splitlines()) <= 200
-    assert all(len(line) <= 100 for text in lines.values() for line in text)
-    for name in SCRIPTS:
-        assert f"| `{name}` | {len(lines[name])} |" in PAGES["README.md"]
-        tokens = tokenize.generate_tokens(io.StringIO((ROOT / name).read_text()).readline)
-        assert not any(t.type == tokenize.OP and t.string == ";" for t in tokens)
-    main = "\n".join(lines["train.py"]).split("\ndef main(")[1].split("\nif __name__")[0].splitlines()
-    assert len(main) <= 180
+
+
+def test_training_is_a_short_story():
+    text = (ROOT / "train.py").read_text()
+    functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+    (loop,) = [node for node in ast.walk(functions["train"]) if isinstance(node, ast.While)]
+    lengths = [node.end_lineno - node.lineno + 1 for node in (functions["main"], functions["train"], loop)]
+    assert lengths[0] <= 120 and lengths[1] <= 120 and lengths[2] <= 60

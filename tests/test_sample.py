@@ -248,11 +248,6 @@ def test_a_grid_shows_every_image_with_a_gap(tmp_path):
     sheet = np.asarray(Image.open(tmp_path / "grid.png"))
     assert sheet.shape == (2 * 9 + 1, 3 * 9 + 1)
     assert [(sheet == i).sum() for i in range(5)] == [64] * 5
-    latents = np.linspace(-3, 9, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8).astype(np.float32)
-    sample.save_grid(str(tmp_path / "latents.png"), latents)
-    shown = np.asarray(Image.open(tmp_path / "latents.png"))[1:9, 1:9]
-    expected = (latents[0, :3].transpose(1, 2, 0) + 3) / 12 * 255  # the first three channels as RGB
-    assert np.abs(shown - expected).max() <= 1
 
 
 def test_files_may_be_named_in_capitals(tmp_path):
@@ -434,14 +429,13 @@ def test_a_name_with_an_unknown_suffix_is_not_made_a_folder(tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == ["ft.pt"]
 
 
-def test_latents_are_written_as_an_array_or_shown_as_a_grid_but_not_as_pngs(tmp_path):
+def test_latents_are_written_as_an_array_but_not_as_pictures(tmp_path):
     ckpt = make_checkpoint(tmp_path / "ft.pt", latent=((0.0,) * 3, (1.0,) * 3))
     args = ["--ckpt", ckpt, "--num=2", "--steps=1", "--out"]
-    assert "makes latents" in mistake(sample.main, *args, tmp_path / "pngs")
-    assert not (tmp_path / "pngs").exists()
+    for picture in "pngs", "grid.png":
+        assert "makes latents" in mistake(sample.main, *args, tmp_path / picture)
+        assert not (tmp_path / picture).exists()
     assert draw(ckpt, tmp_path / "x.npz", "--num=2", "--steps=1")["arr_0"].dtype == np.float32
-    sample.main([str(a) for a in args] + [f"{tmp_path}/grid.png"])
-    assert Image.open(tmp_path / "grid.png").size == (1 + 2 * 17, 1 + 17)
 
 
 @pytest.mark.parametrize("processor, dtype", [

@@ -84,9 +84,12 @@ def compute(func, args, kwargs):
     asked = device is not None and torch.device(device).type == "gpu"
     others = [t for t in tensors if not isinstance(t, OnGPU) and (t.dim() or func in JOINS)]  # numbers may be anywhere
     if func in INDEXING and isinstance(args[0], OnGPU):
-        others = [t for t in others if not any(t is index for index in args[1])]  # so may indices
-        if any(index is not None and index.dtype == torch.bool for index in args[1]):
+        indices = [index for index in args[1] if index is not None]
+        if any(index.dtype == torch.bool for index in indices):
             wait("the number of chosen elements")
+        if any(not isinstance(index, OnGPU) for index in indices):  # may be anywhere, but has to be copied
+            wait("an index")
+        others = [t for t in others if not any(t is index for index in indices)]
     if mine and others and func not in TRANSFERS:
         raise RuntimeError(f"{func}: {len(mine)} tensors are on gpu:0 and {len(others)} on the CPU")
     # The host waits for what it reads, and for copies from and to memory that is not pinned, unless told not to.
@@ -151,14 +154,20 @@ def run(job, scripts):
     torch.Generator = Generator
     torch.inference_mode = torch.no_grad  # the other one does not show its operations one by one
     sample, train = importlib.import_module("sample"), importlib.import_module("train")
-    sample.pick_device = lambda name, local_rank=0: torch.device("gpu", 0)
+    sample.pick_device = lambda name: torch.device("gpu", 0)
     sample.pick_dtype = lambda name, device: torch.float32
-    pool, rate, importance = train.ThreadPoolExecutor, train.learning_rate, train.fisher_information
-    train.fisher_information = lambda denoiser, config, batch, autocast: importance(  # 512 images would take long
-        denoiser, config, {k: t if t is None else t[:8] for k, t in batch.items()}, autocast)
+    pool, set_rates, importance = train.ThreadPoolExecutor, train.set_learning_rates, train.fisher_information
+
+    def new_step(optimizers, cfg, step):  # called once a step
+        waits.append([])
+        set_rates(optimizers, cfg, step)
+
+    def importance_of_few(denoiser, batch, autocast):  # 512 images would take long
+        return importance(denoiser, {name: t[:8] for name, t in batch.items()}, autocast)
+
     train.ThreadPoolExecutor = lambda n: pool(n, initializer=pretend)  # modes are those of a thread
-    train.learning_rate = lambda cfg, step, lr: (  # asked once or more a step
-        step < len(waits) - 1 or waits.append([]), rate(cfg, step, lr))[1]
+    train.set_learning_rates = new_step
+    train.fisher_information = importance_of_few
     pretend()
     with torch.autocast("gpu", enabled=False):
         importlib.import_module(job["script"]).main(job["args"])
