@@ -229,7 +229,7 @@ def checkpoint_source(path, args):
     about = dict(step=checkpoint["step"], **settings)
 
     def images(numbers):
-        for _, batch in sample.generate(denoiser, numbers, batch_size=args.batch_size, **settings):
+        for batch in sample.generate(denoiser, numbers, batch_size=args.batch_size, **settings):
             yield from batch
 
     return Source(path, about, args.num or 10_000, images)

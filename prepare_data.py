@@ -53,7 +53,7 @@ class LineWriter:
             print(text.strip(), file=sys.stderr)
 
     def flush(self):
-        sys.stderr.flush()
+        pass
 
 def progress_bar(*args, **how):
     """tqdm; where stderr is no terminal but a log, a line at most every 30 seconds."""

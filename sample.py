@@ -56,14 +56,14 @@ def euler(denoise, x, sigmas, draw):
         x = x + (s_next - s) * slope
     return x
 
-def heun(denoise, x, sigmas, draw, s_churn=0, s_min=0.05, s_max=50, s_noise=1.003):
+def heun(denoise, x, sigmas, draw, s_churn=0):
     """Second order, 2n - 1 evaluations (EDM algorithm 1). With s_churn > 0 noise is added before
-    the steps from levels between s_min and s_max (EDM algorithm 2)."""
+    the steps, as much as EDM does for ImageNet-64 (algorithm 2)."""
     gamma = min(s_churn / (len(sigmas) - 1), 2**0.5 - 1)
     for s, s_next in pairwise(sigmas):
-        if gamma > 0 and s_min <= s <= s_max:
+        if gamma > 0 and 0.05 <= s <= 50:
             s_hat = s * (1 + gamma)
-            x = x + (s_hat**2 - s**2) ** 0.5 * s_noise * draw()
+            x = x + (s_hat**2 - s**2) ** 0.5 * 1.003 * draw()
             s = s_hat
         slope = (x - denoise(x, s)) / s
         x_next = x + (s_next - s) * slope
@@ -130,8 +130,8 @@ def load_denoiser(path, weights="ema", device="cpu"):
 @torch.inference_mode()
 def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0.821,
              cfg_scale=1.0, labels=None, batch_size=64, dtype=torch.float32):
-    """Yield (indices, images) batch by batch for the given image indices.
-    images: numpy uint8 (b, H, W, C), or latents, float32 (b, C, H, W) on their own scale. `labels`:
+    """Yield the images of the given indices, batch by batch:
+    numpy uint8 (b, H, W, C), or latents, float32 (b, C, H, W) on their own scale. `labels`:
     class numbers, cycled over the indices (default: all). Image i depends only on (seed, i)."""
     c = denoiser.config
     device = next(denoiser.parameters()).device
@@ -157,10 +157,10 @@ def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0
         if c.latent:
             mean, deviation = torch.tensor(c.latent)
             images = images * (deviation / SIGMA_DATA) + mean
-            yield batch, images.permute(0, 3, 1, 2).numpy()
+            yield images.permute(0, 3, 1, 2).numpy()
         else:
             images = (images * 127.5 + 127.5).round().clamp(0, 255)
-            yield batch, images.to(torch.uint8).numpy()
+            yield images.to(torch.uint8).numpy()
 
 # ---- Writers.
 def write_all(out, batches, num, batch_size, recipe, class_names):
@@ -175,7 +175,7 @@ def write_all(out, batches, num, batch_size, recipe, class_names):
         path = f"{folder}/{start:06d}.npy"
         if not os.path.exists(path):
             numbers = range(start, min(start + batch_size, num))
-            images = np.concatenate([images for _, images in batches(numbers)])
+            images = np.concatenate(list(batches(numbers)))
             replace_file(path, lambda file: np.save(file, images))
     if WORLD_SIZE > 1:
         dist.barrier()
@@ -213,7 +213,7 @@ def save_grid(path, images):
 # ---- The command line; train.py and fid.py use its parts.
 def pick_device(name):
     """auto -> cuda if there is a GPU, else cpu, as a torch.device."""
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if gpus else "cpu"
     if name == "cpu":
@@ -316,7 +316,7 @@ def main(argv=None):
     elif RANK == 0:
         num_batches = math.ceil(args.num / args.batch_size)
         made = progress_bar(batches(range(args.num)), "sampling", num_batches)
-        save_grid(args.out, np.concatenate([images for _, images in made]))
+        save_grid(args.out, np.concatenate(list(made)))
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     print0(f"wrote {args.out}")

@@ -41,10 +41,11 @@ from model import (
     load_what_fits, make_mask, normalised, objective, patchify, previous, save_checkpoint, sigma_of)
 from prepare_data import Images, Parser, check, on_stop_signals, progress_bar, run_script
 from sample import RANK, WORLD_SIZE, print0
+# Locks files; Windows has no such module.
 fcntl = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
 
-# ---- Presets: a network, and what its recipes for the stages (pt: masked, ft: whole images, cm:
-# consistency tuning) change in RECIPES. Those and the defaults in `parse` are MaskDM's at 64 px.
+# ---- Presets: a network, and its recipes for the stages (pt: masked, ft: whole images, cm:
+# consistency tuning), in place of those in RECIPES. The defaults in `parse` are MaskDM's at 64 px.
 ECT = dict(  # arXiv 2406.14548, appendix, CIFAR-10; its networks have dropout, ours has none
     steps=200_000, init_weights="ema", label_dropout=0.0, dtype="float32", sample_every=5000,
     optimizer="radam", lr=1e-4, beta1=0.9, beta2=0.999, weight_decay=0.0, ema=0.9999,
@@ -94,9 +95,10 @@ SCHEDULES = {  # factor of the learning rate; progress goes from 0 (after warm-u
     "cosine": lambda step, progress: 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2,
     "rsqrt": lambda step, progress: max(1, step / 2000) ** -0.5,
 }
+ADAMW = partial(torch.optim.AdamW, fused=True)
 OPTIMIZERS = {
-    "adamw": partial(torch.optim.AdamW, fused=True),
-    "muon": partial(torch.optim.AdamW, fused=True),  # for all but the matrices of the blocks
+    "adamw": ADAMW,
+    "muon": ADAMW,  # for all but the matrices of the blocks
     "radam": partial(torch.optim.RAdam, decoupled_weight_decay=True),
 }
 
@@ -392,13 +394,14 @@ def gather_state(denoiser, ema, optimizers):
     states = [optimizer.state_dict() for optimizer in optimizers]
     return dict(model=denoiser.state_dict(), ema=ema.state_dict(), optimizer=states)
 
-def param_names(states):
-    return [[group["param_names"] for group in state["param_groups"]] for state in states]
+def group_names(states):
+    return [[(group["param_names"], group.keys() - {"initial_lr"})
+             for group in state["param_groups"]] for state in states]
 
 def restore_optimizers(optimizers, stored):
     """Give each optimizer the state of a checkpoint; rates and betas are those of this command."""
     states = [optimizer.state_dict() for optimizer in optimizers]
-    check(param_names(states) == param_names(stored),
+    check(group_names(states) == group_names(stored),
           "the run to resume had another optimizer: give --init_from instead")
     for optimizer, state, saved in zip(optimizers, states, stored):
         optimizer.load_state_dict(state | dict(state=deepcopy(saved["state"])))
@@ -473,7 +476,8 @@ def weight_penalties(cfg, config, names, device, autocast):
         folders = cfg.ewc_data or stored["config"].get("data")
         check(folders, f"{cfg.init_from} does not say on what it was trained: give --ewc_data")
         images = Images(folders, "train", cfg.patch_size, names)
-        check(images.meta["class_names"] in (None, names), f"{folders} has classes that are new")
+        no_new = not config.num_classes or images.meta["class_names"] == names
+        check(no_new, f"{folders} has classes that this model does not know")
         batch = fixed_batch(images, config, device)
         if config.num_classes:
             batch["labels"][::10] = -1  # so that the null class counts, too
@@ -567,9 +571,10 @@ def main(argv):
           "that know nothing of each other: let it start torchrun --nproc_per_node=GPUS train.py")
     cfg, checkpoint, resumed = parse(argv)
     path = out_path(cfg, ".pt")
+    sources = [os.path.realpath(file) for file in (cfg.init_from, cfg.distill_from) if file]
     for file in (path, previous(path)):
-        check(file not in (cfg.init_from, cfg.distill_from), f"the run would replace {file}, from "
-              "which it starts: give another --out_dir")
+        check(os.path.realpath(file) not in sources, f"the run would replace {file}, from which it "
+              "starts: give another --out_dir")
         check(resumed or cfg.force or not os.path.exists(file), f"{file} is of an earlier run: "
               "continue it with --resume, give another --out_dir, or replace it with --force")
     os.makedirs(cfg.out_dir, exist_ok=True)
@@ -594,7 +599,7 @@ def train(cfg, checkpoint, resumed, log):
     penalties = weight_penalties(cfg, config, names, device, autocast) if penalized else {}
     stream = Stream(images, len(Images(cfg.data)), cfg, config, device)
     num_tokens = config.grid**2 if config.takes_all else stream.num_visible
-    local_batch = cfg.batch_size // WORLD_SIZE
+    local_batch = max(1, cfg.batch_size // WORLD_SIZE)
     micro_batch = cfg.micro_batch or sample.images_per_pass(local_batch, num_tokens, config, device)
     check(cfg.batch_size % (WORLD_SIZE * micro_batch) == 0, f"batch_size {cfg.batch_size} is not "
           f"a multiple of {WORLD_SIZE} processes x micro_batch {micro_batch}")
@@ -668,10 +673,9 @@ def train(cfg, checkpoint, resumed, log):
             log(step, val_loss=val_loss)
             print0(f"step {step}: validation loss {val_loss:.4f}")
         if due(step, cfg.sample_every) and not config.latent:
-            batches = sample.generate(ema, range(16), seed=cfg.seed)
-            grid = np.concatenate([images for _, images in batches])
+            batches = list(sample.generate(ema, range(16), seed=cfg.seed))
             if RANK == 0:
-                sample.save_grid(out_path(cfg, f"_{step:07d}.png"), grid)
+                sample.save_grid(out_path(cfg, f"_{step:07d}.png"), np.concatenate(batches))
         ending = stopping or step == cfg.steps
         if ending and bad_steps < MAX_BAD_STEPS:
             save(path)

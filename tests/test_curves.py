@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from conftest import mistake
 from PIL import Image
 
 import curves
@@ -26,6 +27,7 @@ def line(run, step, loss, seconds):
 def test_what_a_resumed_run_repeats_counts_once_and_its_seconds_go_on(tmp_path):
     out = write(tmp_path, [start("pt", 0), line("pt", 10, 9.0, 1), start("pt", 0), line("pt", 10, 4.0, 2),
                            line("pt", 20, 3.0, 4), line("pt", 30, 2.5, 6), start("pt", 20), line("pt", 30, 2.0, 3),
+                           dict(run="pt", step=30, event="skipped", loss="nan", grad_norm="inf", index=[7]),
                            dict(run="pt", step=30, val_loss=1.5), start("ft", 0), line("ft", 10, 1.0, 1)])
     runs = curves.runs_of(out)
     assert curves.points_of(runs["pt"], "loss") == [(10, 4.0), (20, 3.0), (30, 2.0)]
@@ -51,7 +53,7 @@ def test_ticks_are_round_few_and_within_the_range():
 
 def test_points_lie_where_their_values_say(tmp_path):
     """Both axes are logarithmic: the geometric mean of the ends lies half-way, and is drawn in its colour."""
-    lines = [("a", 0, [(1, 1), (10, 10), (100, 100)], True), ("b", 1, [(1, 100), (100, 100)], False)]
+    lines = [("a", [(1, 1), (10, 10), (100, 100)], True), ("b", [(1, 100), (100, 100)], False)]
     curves.draw(tmp_path / "c.png", lines, "title", size=(700, 400))
     with Image.open(tmp_path / "c.png") as image:
         image = image.convert("RGB")
@@ -68,9 +70,7 @@ def test_the_command_draws_several_folders_and_says_what_lacks(tmp_path, capsys)
                                     dict(run="ft", step=20, val_loss=1.2)]) for name in "ab")
     curves.main([str(a), str(b), "--x", "seconds"])
     assert str(a / "curves.png") in capsys.readouterr().out and (a / "curves.png").exists()
-    curves.main([str(a), "--what", "lr", "--out", str(tmp_path / "lr.png")])
-    assert (tmp_path / "lr.png").exists()
-    with pytest.raises(SystemExit, match="log.jsonl does not exist"):
-        curves.main([str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit, match="nothing to draw"):
-        curves.main([str(write(tmp_path / "empty", [start("pt", 0)]))])
+    curves.main([str(a), "--out", str(tmp_path / "steps.png")])
+    assert (tmp_path / "steps.png").exists()
+    assert "log.jsonl does not exist" in mistake(curves.main, tmp_path / "nowhere")
+    assert "nothing to draw" in mistake(curves.main, write(tmp_path / "empty", [start("pt", 0)]))

@@ -40,7 +40,8 @@ BUGS = {  # what is wrong: (a run, a file, the right text, the wrong one)
     "labels come late": unmoved("labels"),
     "weights of the images come late": unmoved("weight"),
     "patches come late": ("masked", "train.py", "normalised(self.move(patches)", "normalised((patches)"),
-    "labels of references come late": ("SCT", "train.py", "reference_labels=self.move(labels)", "reference_labels=labels"),
+    "labels of references come late": ("SCT", "train.py", "reference_labels=self.move(labels)",
+                                       "reference_labels=labels"),
     "frequencies are no buffer": ("masked", "model.py", 'self.register_buffer("freq", torch.from_numpy(freq).float(), '
                                   "persistent=False)", "self.freq = torch.from_numpy(freq).float()"),
     "decoder's positions are no buffer": ("decoder", "model.py", 'self.register_buffer("decoder_positions", positions, '
@@ -85,7 +86,8 @@ def found(tmp_path_factory):
     jobs = {name: dict(script="train", args=flags(f"gpu/{name}", *run)) for name, run in RUNS.items()}
     draw = ["--ckpt", f"{top}/first/ft.pt", "--num=3", "--steps=2", "--cfg_scale=2", "--sampler=churn", "--out"]
     jobs["sample"] = dict(script="sample", args=[*draw, f"{top}/sample.npz"])
-    jobs["fid"] = dict(script="fid", args=[f"{top}/SET", f"{top}/OLD", "--features=random", "--num=4", "--metrics=fid,pr"])
+    judge = [f"{top}/SET", f"{top}/OLD", "--features=random", "--num=4", "--metrics=fid,pr"]
+    jobs["fid"] = dict(script="fid", args=judge)
     for name, (run, file, old, new) in BUGS.items():
         args = [*draw, f"{top}/{name}.npz"] if run == "sample" else flags(f"gpu/{name}", *RUNS[run])
         jobs[name] = dict(script="sample" if run == "sample" else "train", args=args, edit=[file, old, new])

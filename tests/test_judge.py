@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset
+from conftest import make_dataset, mistake
 from scipy import ndimage
 
 import fid
@@ -20,8 +20,8 @@ def images(n=6, size=24, seed=0):
 
 
 def damaged(x, name, strength, seed=0):
-    (kind,) = (k for k in KINDS if k.startswith(name))
-    return judge.damaged(x.clone(), kind, strength, torch.Generator().manual_seed(seed))
+    ((function, _),) = (kind for key, kind in KINDS.items() if key.startswith(name))
+    return function(x.clone(), strength, torch.Generator().manual_seed(seed))
 
 
 def test_blur_is_a_gaussian_filter():
@@ -90,22 +90,22 @@ def test_the_file_is_for_fid_py(tmp_path, capsys):
     judge.main([str(data), "--out", str(out), "--steps", "3", "--no-table"])
     fid.main([str(data), str(data), "--features", str(out), "--json"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["fd"] == pytest.approx(0, abs=1e-3) and found["features"] == fid.LABELS["fd"]
-    with pytest.raises(SystemExit, match="holds latents, expected images"):
-        judge.main([str(make_dataset(tmp_path / "latents", n=30, channels=4, dtype=np.float16)), "--no-table"])
+    assert found["fd"] == pytest.approx(0, abs=1e-3)
+    latents = make_dataset(tmp_path / "latents", n=30, channels=4, dtype=np.float32)
+    assert "holds latents, expected images" in mistake(judge.main, latents, "--no-table")
 
 
 def test_the_table_compares_both_kinds_of_features(tmp_path, monkeypatch, capsys):
-    """A judge that knows each image by its corner pixels, in place of random features, too: no distance without damage."""
+    """With a judge that knows images by their corner pixels, in place of random features, too."""
     class Corner(torch.nn.Module):
         def forward(self, x):
             return x[:, :, :3, 0].flatten(1).float()
 
     data = make_dataset(tmp_path / "set", n=30, n_val=30)
     np.save(data / "val.npy", np.load(data / "train.npy"))
-    monkeypatch.setattr(judge, "LEARNED", {"noise": (40,)})
-    monkeypatch.setattr(judge, "UNSEEN", {"brighter": (20,)})
-    monkeypatch.setattr(fid, "load_features", lambda args: Corner())
+    monkeypatch.setattr(judge, "LEARNED", {"noise": (judge.noisy, (40,))})
+    monkeypatch.setattr(judge, "UNSEEN", {"brighter": (lambda x, by, g: x + by, (20,))})
+    monkeypatch.setattr(fid, "load_features", lambda args: (Corner(), "random_fd corner"))
     none, noise, brighter = judge.compare(data, Corner(), 30)
     for name in ("judge", "random"):
         assert none[name] == pytest.approx(0, abs=1e-6) and noise[name] > 100 and brighter[name] > 100

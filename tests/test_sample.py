@@ -128,7 +128,7 @@ def test_the_state_of_the_sampler_loses_nothing_between_far_noise_levels():
         def forward(self, x, sigma, labels=None):
             return exact_denoiser(x, sigma.view(-1, 1, 1))
 
-    (_, images), = sample.generate(Exact(), [3], steps=2)
+    images, = sample.generate(Exact(), [3], steps=2)
     noise = torch.randn(4, 4, 3, generator=sample.seeded(0, 3)).permute(2, 0, 1).double()
     exact = sample.heun(exact_denoiser, 80 * noise, sampler_levels(2).tolist(), None)
     assert np.abs(images[0] - exact.numpy()).max() < 1e-5  # a state in float32: 2e-3
@@ -206,13 +206,13 @@ def test_noise_of_an_image_is_bit_identical_for_any_batch_size(tmp_path, monkeyp
     seen = {}
     for size in (1, 7, 32):
         noises.clear()
-        images = [x for _, x in sample.generate(denoiser, range(32), steps=4, batch_size=size)]
+        images = list(sample.generate(denoiser, range(32), steps=4, batch_size=size))
         seen[size] = torch.cat(noises), np.concatenate(images).astype(int)
     for size in (7, 32):
         assert torch.equal(seen[size][0], seen[1][0])
         assert np.abs(seen[size][1] - seen[1][1]).max() <= 1
     assert seen[1][0].std() == pytest.approx(80, abs=1.6)
-    alone = next(sample.generate(denoiser, [20], steps=4))[1][0].astype(int)
+    alone = next(sample.generate(denoiser, [20], steps=4))[0].astype(int)
     assert np.abs(alone - seen[1][1][20]).max() <= 1
     assert not np.array_equal(seen[1][1][0], seen[1][1][1])
 
@@ -220,9 +220,9 @@ def test_noise_of_an_image_is_bit_identical_for_any_batch_size(tmp_path, monkeyp
 def test_labels_are_cycled_over_the_image_indices(tmp_path):
     denoiser, _ = sample.load_denoiser(make_checkpoint(tmp_path / "ft.pt", classes=3))
     cycled = dict(zip(range(6), np.concatenate(
-        [x for _, x in sample.generate(denoiser, range(6), steps=2, labels=[2, 0])])))
+        list(sample.generate(denoiser, range(6), steps=2, labels=[2, 0])))))
     for i in range(6):
-        alone = next(sample.generate(denoiser, [i], steps=2, labels=[[2, 0][i % 2]]))[1][0]
+        alone = next(sample.generate(denoiser, [i], steps=2, labels=[[2, 0][i % 2]]))[0]
         assert np.abs(alone.astype(int) - cycled[i]).max() <= 1
 
 

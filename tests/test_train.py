@@ -36,10 +36,10 @@ PROC = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds p
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """A run leaves its signal handlers behind; pytest's own come back."""
-    before = [(number, signal.getsignal(number)) for number in STOP_SIGNALS]
+    """No signal is ignored, even if pytest runs under nohup; afterwards its own handlers come back."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in STOP_SIGNALS}
     yield
-    for number, handler in before:
+    for number, handler in before.items():
         signal.signal(number, handler)
 
 
@@ -195,7 +195,7 @@ def test_latents_are_normalised_in_training_and_come_out_of_sampling_as_they_wer
         def forward(self, x, sigma, visible=None, labels=None):
             return batch["clean"][:2].to(x)
 
-    ((_, drawn),) = sample.generate(Perfect(stream.config), range(2), steps=3)
+    (drawn,) = sample.generate(Perfect(stream.config), range(2), steps=3)
     expected = images[stream.index(0)[:2]].transpose(0, 3, 1, 2)
     assert np.allclose(drawn, expected, rtol=1e-3, atol=1e-3)
 
@@ -420,6 +420,22 @@ def test_the_averaged_weights_start_fast_and_reach_their_decay(dataset, tmp_path
         d = min(0.3, (1 + step) / (10 + step))
         for n, ema in b["ema"].items():
             assert torch.allclose(ema, d * a["ema"][n] + (1 - d) * b["model"][n], atol=1e-6), n
+
+
+def test_a_gradient_is_clipped_to_its_largest_norm(dataset, tmp_path, monkeypatch):
+    train.main(flags_for(dataset, tmp_path, "--steps=1", *TINY))
+    before = load(tmp_path / "ft.pt")["model"]
+    monkeypatch.setattr(train, "configure_optimizers", lambda denoiser, cfg: [
+        torch.optim.SGD(denoiser.named_parameters(), lr=1.0)])  # a step moves the weights by the gradient
+    moved = []
+    for clip in 0, 1e-3, 1e9:
+        out = tmp_path / f"{clip}"
+        train.main(flags_for(dataset, out, "--steps=1", "--log_every=1", *TUNE, "--warmup=0", f"--grad_clip={clip}",
+                             f"--init_from={tmp_path}/ft.pt"))
+        after = load(out / "ft.pt")["model"]
+        moved.append(math.sqrt(sum((after[name] - weight).square().sum() for name, weight in before.items())))
+        (norm,) = [r["grad_norm"] for r in records(out) if "grad_norm" in r]  # before it is clipped
+    assert moved == pytest.approx([norm, 1e-3, norm], rel=1e-2) and norm > 2e-3
 
 
 @pytest.mark.parametrize("shapes", [[(24, 16)] * 3, [(16, 24), (40, 16), (16, 16)]])
@@ -760,6 +776,10 @@ def one_group(denoiser, cfg):
     return [torch.optim.AdamW(denoiser.named_parameters(), cfg.lr)]
 
 
+def another_kind(denoiser, cfg):
+    return [momentum(denoiser.named_parameters(), cfg.lr)]
+
+
 def two_groups(denoiser, cfg):
     named = list(denoiser.named_parameters())
     return [torch.optim.AdamW([dict(params=named[:3]), dict(params=named[3:])], cfg.lr)]
@@ -769,11 +789,11 @@ def reversed_order(denoiser, cfg):
     return [torch.optim.AdamW(reversed(list(denoiser.named_parameters())), cfg.lr)]
 
 
+two_kinds = groups_of(torch.optim.AdamW, momentum)
+
+
 def swapped(denoiser, cfg):
     return two_kinds(denoiser, cfg)[::-1]
-
-
-two_kinds = groups_of(torch.optim.AdamW, momentum)
 
 
 def test_two_optimizers_of_different_kinds_resume_exactly(dataset, tmp_path, monkeypatch):
@@ -792,7 +812,8 @@ def test_two_optimizers_of_different_kinds_resume_exactly(dataset, tmp_path, mon
 
 @pytest.mark.parametrize("first, then", [
     (one_group, two_groups), (two_groups, one_group), (one_group, reversed_order), (two_kinds, swapped),
-    (two_kinds, one_group), ("muon", "adamw"), ("adamw", "muon")], ids=lambda f: getattr(f, "__name__", f))
+    (two_kinds, one_group), (one_group, another_kind), ("muon", "adamw"), ("adamw", "muon"), ("adamw", "radam")],
+    ids=lambda f: getattr(f, "__name__", f))
 def test_the_state_of_other_optimizers_groups_or_orders_is_refused(dataset, tmp_path, monkeypatch, first, then):
     def begin(how, *flags):
         if callable(how):
@@ -944,7 +965,7 @@ def test_runs_that_srun_starts_side_by_side_are_refused(dataset, tmp_path, monke
 
 
 def spoil(monkeypatch, spoilt):
-    """The loss of calls n (1, 2, ...) with spoilt(n) is NaN; returns a list that grows by each call."""
+    """The loss of the calls n = 1, 2, ... with spoilt(n) is NaN."""
     honest, calls = train.objective, []
 
     def sick(*args):
@@ -952,7 +973,6 @@ def spoil(monkeypatch, spoilt):
         return {name: loss * (math.nan if spoilt(len(calls)) else 1) for name, loss in honest(*args).items()}
 
     monkeypatch.setattr(train, "objective", sick)
-    return calls
 
 
 def poisoned(folder, number, **how):
@@ -1002,13 +1022,16 @@ def test_a_run_whose_last_step_is_skipped_is_saved_all_the_same(dataset, tmp_pat
     assert last["step"] == 5 and finite(last)
 
 
-def test_nothing_is_saved_while_steps_are_skipped_and_ten_end_the_run(dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("steps", [100, 14])
+def test_nothing_is_saved_while_steps_are_skipped_and_ten_end_the_run(dataset, tmp_path, monkeypatch, steps):
     common = ["--lr_schedule=constant", *TINY]
     train.main(flags_for(dataset, tmp_path / "short", *common, "--steps=4"))
-    calls = spoil(monkeypatch, lambda n: n > 4)
+    spoil(monkeypatch, lambda n: n > 4)
     with pytest.raises(SystemExit) as e:
-        train.main(flags_for(dataset, tmp_path / "long", *common, "--steps=100", "--save_every=1", "--keep_every=1"))
-    assert e.value.code == 3 and len(calls) == 14
+        train.main(flags_for(dataset, tmp_path / "long", *common, f"--steps={steps}", "--save_every=1",
+                             "--keep_every=1"))
+    assert e.value.code == 3
+    assert [r["step"] for r in records(tmp_path / "long") if r.get("event") == "skipped"] == list(range(4, 14))
     assert load(tmp_path / "long/ft.pt")["step"] == 4
     assert same_runs(tmp_path / "short/ft.pt", tmp_path / "long/ft.pt")
     assert len(list((tmp_path / "long").glob("ft-*.pt"))) == 4

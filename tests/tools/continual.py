@@ -8,244 +8,196 @@ holds; else all sets are compared with the same samples, and distances depend on
 
 Every method starts from one model of the first set, and --minutes are planned as in reproduce.py: by the cost of a
 step, here against that of a step on the first set taken in turns with it. After each set the Frechet distance to
-every set so far is measured with --num samples, by features that judge.py learns from that set. What is finished lies in
-OUT/continual.json and is not run again. Methods, as flags of train.py:
+every set so far is measured with --num samples, by features that judge.py learns from that set. What is finished
+lies in OUT/continual.json and is not run again. Methods, as flags of train.py:
 
 fine-tuning                nothing but the new set
 joint                      --data: all sets so far
 l2-C, ewc-C                --l2=C, --ewc=C with the importance on all old sets
 replay-COEF[-BUFFER]       --replay: all old sets, or a buffer of so many images of each; --replay_coef
 generative-COEF            --replay: --num samples of the model before, made a set by prepare_data.py
-NAME+taught                the same with the answers of the model before as targets (--distill_from)
+NAME+taught                the same with the predictions of the model before as targets (--distill_from)
 NAME+masked                the same with --mask_ratio=0.75 in the first half of the time
 
-What fid.py --metrics bpd says of the sets (loss by noise level, bits per dimension) is stored beside
-the distances, and its change from the first model to the last is printed for the first set.
+What fid.py --metrics bpd says of the sets (loss by noise level, bits per dimension) is stored beside the distances.
 """
 
 import argparse
-import json
-import os
 import shutil
 import statistics
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import (  # puts the project on the path
+    B16, DEMO, Results, call, frechet_distance, last_json, markdown, masked, measure_costs, picture, spread,
+    train_for, typed, where_from)
 
 import numpy as np
-from PIL import Image
 
-from reproduce import (B16, QUIET, both, call, last_json, masked, step_seconds, train_for, typed,
-                       where_from)  # puts the project on the path
+from prepare_data import Parser, check, open_folder, run_script
 
-import sample
-from prepare_data import open_folder
-
-DEFAULT = ("fine-tuning,joint,replay-1-64,replay-0.1-64,replay-1-512,replay-0.1-512,replay-1+taught,generative-1,"
+METHODS = ("fine-tuning,joint,replay-1-64,replay-0.1-64,replay-1-512,replay-0.1-512,replay-1+taught,generative-1,"
            "generative-1+taught,replay-0.1-512+masked,ewc-1e4,ewc-1e6,l2-0.001,l2-0.1")
+FIRST = "first"  # the model of the first set, from which all methods start
 
+def subset(source, folder, *flags, log):
+    """A part of a prepared set, made once."""
+    if not folder.exists():
+        call("prepare_data.py", source, *flags, "--out", folder, log=log)
+    return str(folder)
 
 def task_of(text, out):
     """The prepared set that an argument means: a folder, or FOLDER:CLASS, whose images go to OUT/CLASS."""
-    name, _, wanted = text.partition(":")
-    folder = Path(out, wanted) if wanted else Path(name).resolve()
-    if wanted and not folder.exists():
-        call("prepare_data.py", name, "--classes", wanted, "--out", folder, log=Path(out, "output.txt"))
-    return str(folder)
-
-
-def labels_of(task, args):
-    """Flags for sample.py: classes in the proportions of a set; none for a model without classes."""
-    if not args.class_cond:
-        return []
-    _, labels, meta = open_folder(task)
-    drawn = np.random.default_rng(0).choice(labels[labels >= 0], args.num)
-    return ["--labels", ",".join(meta["class_names"][i] for i in drawn)]
-
+    folder, _, name = text.partition(":")
+    if not name:
+        return str(Path(folder).resolve())
+    return subset(folder, out / name, "--classes", name, log=out / "output.txt")
 
 def flags_of(method, tasks, before, folder, args, log):
     """The flags of train.py for learning tasks[-1] when `before`, a checkpoint, knows the others."""
-    name, *values = method.split("+")[0].split("-")
-    teacher = [f"--distill_from={before}"] if "+taught" in method else []
+    name, _, value = method.split("+")[0].partition("-")
+    *old, new = tasks
+    if name == FIRST:
+        return [f"--data={new}", DEMO, *args.class_flags]
     if name == "fine":
-        return [f"--data={tasks[-1]}"]
+        return [f"--data={new}"]
     if name == "joint":
         return [f"--data={','.join(tasks)}"]
     if name in ("l2", "ewc"):
-        return [f"--data={tasks[-1]}", f"--{name}={'-'.join(values)}", f"--anchor={before}",
-                f"--ewc_data={','.join(tasks[:-1])}"]
-    if name == "replay":
-        old = [buffer_of(task, values[1], args, log) for task in tasks[:-1]] if values[1:] else tasks[:-1]
-        return [f"--data={tasks[-1]}", f"--replay={','.join(old)}", f"--replay_coef={values[0]}", *teacher]
+        return [f"--data={new}", f"--{name}={value}", f"--ewc_data={','.join(old)}"]
+    coef, _, size = value.partition("-")
     if name == "generative":
-        made = folder / "generated"
-        call("sample.py", "--ckpt", before, f"--num={args.num}", "--steps=10", "--out", f"{made}.npz", log=log)
-        call("prepare_data.py", f"{made}.npz", "--out", made, "--force", log=log)
-        return [f"--data={tasks[-1]}", f"--replay={made}", f"--replay_coef={values[0]}", *teacher]
-    sys.exit(f"--methods has {method!r}, expected some of those in --help")
+        samples = folder / "generated.npz"
+        call("sample.py", "--ckpt", before, f"--num={args.num}", "--steps=10", "--out", samples, log=log)
+        old = [subset(samples, folder / "generated", log=log)]
+    elif size:
+        old = [subset(task, args.out / f"{Path(task).name}-{size}", "--num", size, log=log) for task in old]
+    teacher = [f"--distill_from={before}"] if "+taught" in method else []
+    return [f"--data={new}", f"--replay={','.join(old)}", f"--replay_coef={coef}", *teacher]
 
+def labels_of(task, num):
+    """Flags for sample.py: classes in the proportions of a set."""
+    _, labels, meta = open_folder(task)
+    drawn = np.random.default_rng(0).choice(labels[labels >= 0], num)
+    return ["--labels", ",".join(meta["class_names"][label] for label in drawn)]
 
-def buffer_of(task, size, args, log):
-    """A prepared set of `size` images of a task."""
-    folder = Path(args.out) / f"{Path(task).name}-{size}"
-    if not folder.exists():
-        call("prepare_data.py", task, "--num", size, "--out", folder, log=log)
-    return str(folder)
-
-
-def distances(checkpoint, tasks, folder, args, log):
+def judge(checkpoint, tasks, folder, args, log):
     """Frechet distance of a model's samples to each set, by features learned from it."""
-    found, before = [], None
+    distances = []
     for i, task in enumerate(tasks):
-        reference, net, asked = *(Path(args.out) / f"{i}-{n}" for n in ("reference.npz", "judge.pt")), labels_of(task, args)
-        if not reference.exists():
-            call("tests/tools/judge.py", task, "--no-table", "--out", net, log=log)
-            call("fid.py", task, f"--features={net}", f"--num={args.references}", "--stats", reference, log=log)
-        if asked != before:
-            call("sample.py", "--ckpt", checkpoint, f"--num={args.num}", "--steps=10", f"--seed={args.seed}", *asked,
-                 "--out", folder / "samples.npz", log=log)
-            with np.load(folder / "samples.npz") as images:
-                sample.save_grid(folder / f"samples{i}.png", images["arr_0"][:64])
-        before = asked
-        found.append(last_json(call("fid.py", reference, folder / "samples.npz", f"--features={net}", "--json",
-                                    log=log)[0])["fd"])
-    return found
+        samples = folder / "samples0.npz"
+        labels = []
+        if args.class_flags:
+            samples = folder / f"samples{i}.npz"
+            labels = labels_of(task, args.num)
+        if not samples.exists():
+            call("sample.py", "--ckpt", checkpoint, f"--num={args.num}", "--steps=10", f"--seed={args.seed}", *labels,
+                 "--out", samples, log=log)
+        distances.append(frechet_distance(samples, task, args.out / str(i), log))
+    return distances
 
+def train_stages(halves, flags, checkpoint, costs, folder, args, log):
+    """Train for args.minutes, in shares with flags of their own -> the last checkpoint, facts of all stages."""
+    plain = [f"--data={args.tasks[0]}", DEMO, B16, *args.class_flags]
+    stages = []
+    for i, (share, more) in enumerate(halves):
+        own = [*flags, *more]
+        if checkpoint:
+            own.append(f"--init_from={checkpoint}")
+        measure_costs({"plain": plain, "own": own}, costs, args.out / "trial", log, rounds=2)
+        checkpoint, facts = train_for(60 * args.minutes * share, costs.pop("own"), folder / f"stage{i}", own, log)
+        stages.append({key: facts[key] for key in ("steps", "seconds", "images_per_s", "peak_gb")})
+    return checkpoint, stages
 
-def cost_of(flags, tasks, args, known, log):
-    """Seconds of a step with these flags, on the machine on which one on the first set takes `known` seconds."""
-    plain = [f"--data={tasks[0]}", "--preset=demo", B16, *["--class_cond"] * args.class_cond]
-    paces = step_seconds([plain, flags] if known else [plain], Path(args.out, "trial"), log, rounds=2)
-    return paces[tuple(flags)] * known / paces[tuple(plain)] if known else paces[tuple(plain)]
-
-
-def learn(method, tasks, args, first):
-    """Run a method through all tasks; returns the matrix of distances, row t after task t."""
-    folder = Path(args.out) / f"{method}-{args.seed}"
+def learn(method, first, costs, args):
+    """Run a method through all tasks, or learn the first one -> distances, row t of them after task t, and more."""
+    folder = args.out / f"{method}-{args.seed}"
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted call
-    folder.mkdir(parents=True)
-    log, checkpoint, matrix, seconds, stages = folder / "output.txt", first["checkpoint"], [first["row"]], [], []
-    for t in range(1, len(tasks)):
+    log = folder / "output.txt"
+    checkpoint = None
+    num_tasks = 1
+    matrix = []
+    if first:
+        checkpoint = args.out / first["checkpoint"]
+        num_tasks = len(args.tasks)
+        matrix = [first["matrix"][0]]
+    seconds = 0
+    stages = []
+    for t in range(len(matrix), num_tasks):
         here = folder / f"task{t}"
-        here.mkdir(exist_ok=True)
-        begun = time.time()  # what a method does before it trains counts, too
-        flags = [*QUIET, f"--seed={args.seed}", *flags_of(method, tasks[: t + 1], checkpoint, here, args, log)]
-        seconds.append(time.time() - begun)
-        halves = [(0.5, masked(0.75)), (0.5, [B16])] if method.endswith("+masked") else [(1, [B16])]
-        for i, (share, mask) in enumerate(halves):
-            start = f"--init_from={checkpoint}"
-            cost = cost_of([*flags, start, *mask], tasks, args, first["step_seconds"], log)
-            checkpoint, facts = train_for(60 * args.minutes * share, cost, here / f"stage{i}", [*flags, start, *mask], log)
-            seconds.append(facts["seconds"])
-            stages.append({k: facts[k] for k in ("steps", "images_per_s", "peak_gb")})
-        matrix.append(distances(checkpoint, tasks[: t + 1], here, args, log))
-    return dict(method=method, seed=args.seed, matrix=matrix, stages=stages, seconds=sum(seconds),
-                report=report_of(checkpoint, tasks, log), **where_from())
-
-
-def report_of(checkpoint, tasks, log):
-    """What fid.py says of a model's losses on each task."""
-    out, _ = call("fid.py", ",".join(tasks), checkpoint, "--metrics=bpd", log=log)
-    return [last_json(out)[task] for task in tasks]
-
+        here.mkdir(parents=True)
+        tasks = args.tasks[: t + 1]
+        begin = time.time()  # what a method does before it trains counts, too
+        flags = [f"--seed={args.seed}", *flags_of(method, tasks, checkpoint, here, args, log)]
+        seconds += time.time() - begin
+        halves = [(1, [B16])]
+        if method == FIRST or method.endswith("+masked"):
+            halves = [(0.5, masked(0.75)), (0.5, [B16])]
+        checkpoint, found = train_stages(halves, flags, checkpoint, costs, here, args, log)
+        seconds += sum(facts["seconds"] for facts in found)
+        stages += found
+        matrix.append(judge(checkpoint, tasks, here, args, log))
+    out, _ = call("fid.py", ",".join(args.tasks[:num_tasks]), checkpoint, "--metrics=bpd", log=log)
+    return dict(method=method, seed=args.seed, checkpoint=str(checkpoint.relative_to(args.out)), matrix=matrix,
+                stages=stages, seconds=seconds, report=list(last_json(out).values()), **where_from())
 
 def table(results, names):
-    """Markdown, a line for each method, over its seeds."""
-    lines = ["| method | " + " | ".join(f"{n} after {m}" for j, m in enumerate(names) for n in names[: j + 1])
-             + " | average at the end | forgetting | images/s by stage | seconds |",
-             "|---" * (len(names) * (len(names) + 1) // 2 + 5) + "|"]
-    for method in dict.fromkeys(r["method"] for r in results):
-        own, found = [r for r in results if r["method"] == method], []  # a list of figures for each seed
-        for r in own:
-            last = r["matrix"][-1]
-            lost = [last[i] - min(row[i] for row in r["matrix"] if len(row) > i) for i in range(len(last) - 1)]
-            found.append([*(v for row in r["matrix"] for v in row), statistics.mean(last), statistics.mean(lost)])
-        figures = " | ".join(both(values) for values in zip(*found))
-        rates = ", ".join(f"{statistics.mean(s['images_per_s'] for s in stage):.0f}"
-                          for stage in zip(*(r["stages"] for r in own)))
-        lines.append(f"| {method} | {figures} | {rates} | {statistics.mean(r['seconds'] for r in own):.0f} |")
-    return "\n".join(lines)
-
-
-def change_by_level(results, first):
-    """Loss on the first set after the last minus before, by noise level; and bits per dimension."""
-    before = first["report"][0]
-    middle = [(a + b) / 2 for a, b in zip(before["ln_sigma"], before["ln_sigma"][1:])]
-    lines = ["| change on the first set | " + " | ".join(f"ln sigma {v:.1f}" for v in middle)
-             + " | bits per dimension | Frechet distance |", "|---" * 13 + "|"]
-    for r in results:
-        after = r["report"][0]
-        lines.append(f"| {r['method']} | " + " | ".join(
-            f"{b - a:+.4f}" for a, b in zip(before["loss_by_level"], after["loss_by_level"]))
-            + f" | {after['bits_per_dim'] - before['bits_per_dim']:+.4f} "
-            f"| {r['matrix'][-1][0] - r['matrix'][0][0]:+.4g} |")
-    return "\n".join(lines)
-
-
-def picture(args, results):
-    """OUT/continual-samples.png: a line for each method, the first images of each set after the last one."""
+    """A line for each method, over its seeds."""
     lines = []
-    for r in results:
-        grids = sorted(Path(args.out, f"{r['method']}-{args.seed}", f"task{len(r['matrix']) - 1}").glob("samples?.png"))
-        rows = [np.asarray(Image.open(grid)) for grid in grids]  # of eight lines
-        lines.append(np.hstack([row[: len(row) // 8] for row in rows]))
-    Image.fromarray(np.vstack(lines)).save(Path(args.out, "continual-samples.png"))
+    for method in dict.fromkeys(r["method"] for r in results if r["method"] != FIRST):
+        own = [r for r in results if r["method"] == method]
+        figures = []  # a list for each seed
+        for r in own:
+            matrix, last = r["matrix"], r["matrix"][-1]
+            best = [min(row[i] for row in matrix[i:]) for i in range(len(last))]
+            forgotten = [last[i] - best[i] for i in range(len(last) - 1)]
+            figures.append([*sum(matrix, []), statistics.mean(last), statistics.mean(forgotten)])
+        stages = zip(*(r["stages"] for r in own))
+        rates = [f"{statistics.mean(stage['images_per_s'] for stage in seeds):.0f}" for seeds in stages]
+        seconds = statistics.mean(r["seconds"] for r in own)
+        lines.append([method, *(spread(values) for values in zip(*figures)), ", ".join(rates), f"{seconds:.0f}"])
+    after = [f"{known} after {last}" for i, last in enumerate(names) for known in names[: i + 1]]
+    return markdown(["method", *after, "average at the end", "forgetting", "images/s by stage", "seconds"], lines)
 
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="+", help="prepared sets in the order of learning, or SET:CLASS: one class of it")
-    parser.add_argument("--methods", default=DEFAULT, help="with commas")
-    parser.add_argument("--minutes", type=float, default=4, help="of training, for each set and method")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num", type=int, default=1000, help="samples of each Frechet distance")
-    parser.add_argument("--references", type=int, default=2000, help="real images of each Frechet distance")
-    parser.add_argument("--out", default="out/continual")
-    args = parser.parse_args()
-    args.out = os.path.abspath(args.out)
-    folder = Path(args.out) / f"first-{args.seed}"
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    tasks = [task_of(t, args.out) for t in args.tasks]
-    args.class_cond = all(open_folder(t)[2]["class_names"] for t in tasks)
-    done = Path(args.out) / "continual.json"
-    about = dict(tasks=[Path(t).name for t in tasks], minutes=args.minutes, num=args.num, references=args.references)
-    stored = json.loads(done.read_text()) if done.exists() else dict(about, results=[])
-    results = stored["results"]
-    if differ := [k for k in about if stored[k] != about[k]]:
-        sys.exit(f"{done} has results with other {differ[0]} ({stored[differ[0]]}): give another --out")
-    done.write_text(json.dumps(stored, indent=1))
-    stored["command"] = typed("continual.py")
-    if not (folder / "first.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        log = folder / "output.txt"
-        known, pt = cost_of([], tasks, args, None, log), None
-        for i, mask in enumerate((masked(0.75), [B16])):
-            start = [f"--init_from={pt}"] if i else ["--preset=demo", *["--class_cond"] * args.class_cond]
-            flags = [f"--data={tasks[0]}", f"--seed={args.seed}", *mask]
-            cost = cost_of([*flags, "--preset=demo"], tasks, args, known, log)
-            pt, _ = train_for(30 * args.minutes, cost, folder / f"stage{i}", [*flags, *start], log)
-        checkpoint = pt
-        row = distances(checkpoint, tasks[:1], folder, args, log)
-        (folder / "first.json").write_text(json.dumps(dict(
-            checkpoint=str(checkpoint), step_seconds=known, row=row, report=report_of(checkpoint, tasks[:1], log))))
-    first = json.loads((folder / "first.json").read_text())
-    stored["first"] = {k: v for k, v in first.items() if k != "checkpoint"}
-    mine = []
-    for method in args.methods.split(","):
-        wanted = dict(method=method, seed=args.seed)
-        if not any(wanted.items() <= r.items() for r in results):
-            results.append(learn(method, tasks, args, first))
-            done.write_text(json.dumps(stored, indent=1))
-            print(method, results[-1]["matrix"], file=sys.stderr, flush=True)
-        mine += [r for r in results if wanted.items() <= r.items()]
-    picture(args, mine)
-    print(table(mine, stored["tasks"]))
-    print("\n" + change_by_level(mine, first))
-
+def main(argv):
+    parser = Parser(__doc__)
+    parser.epilog, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("tasks", nargs="+", help="prepared sets in the order of learning, or SET:CLASS, a class of it")
+    parser.add("methods", METHODS, "as explained below")
+    parser.add("minutes", 4.0, "of training, for each set and method")
+    parser.add("seed", 0, "of training and sampling")
+    parser.add("num", 1000, "samples of each Frechet distance", low=2)
+    parser.add("out", "out/continual", "folder")
+    args = parser.parse_args(argv)
+    methods = args.methods.split(",")
+    known = {method.split("-")[0] for method in METHODS.split(",")}
+    for method in methods:
+        check(method.split("-")[0] in known, f"--methods has {method}, expected some of those in --help")
+    check(len(args.tasks) > 1, f"{args.tasks[0]} is only one set: name those to learn after it")
+    args.out = Path(args.out).resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.tasks = [task_of(text, args.out) for text in args.tasks]
+    args.class_flags = []
+    if all(open_folder(task)[2]["class_names"] for task in args.tasks):
+        args.class_flags = ["--class_cond"]
+    settings = dict(tasks=[Path(task).name for task in args.tasks], minutes=args.minutes, num=args.num)
+    done = Results(args.out / "continual.json", settings, typed(__file__, argv))
+    costs = done.stored.setdefault("cost_seconds", {})
+    own = []
+    for method in [FIRST, *methods]:
+        if not done.find(method=method, seed=args.seed):
+            first = own[0] if own else None
+            done.results.append(learn(method, first, costs, args))
+            done.save()
+            print(method, done.results[-1]["matrix"], file=sys.stderr, flush=True)
+        own += done.find(method=method, seed=args.seed)
+    print(table(own, settings["tasks"]))
+    lines = []  # eight samples for each set after the last one, a line for each method
+    for r in own[1:]:
+        last = args.out / f"{r['method']}-{args.seed}" / f"task{len(args.tasks) - 1}"
+        lines.append(np.concatenate([np.load(path)["arr_0"][:8] for path in sorted(last.glob("samples?.npz"))]))
+    picture(args.out / "continual-samples.png", lines)
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

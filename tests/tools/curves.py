@@ -1,15 +1,12 @@
-"""Draw the losses of one or several runs of train.py into a PNG.
+"""Draw the losses of runs of train.py into a PNG.
 
 python tests/tools/curves.py out                                # every run in out/log.jsonl -> out/curves.png
 python tests/tools/curves.py out other/out --x seconds --out both.png
-python tests/tools/curves.py out --what grad_norm
 
-Lines are the losses of the steps (the mean of the last twentieth), dots the validation losses. Both axes
-are logarithmic. Seconds are those of training, without validation and saving; of `lr`, `grad_norm` and
-`images_per_s` there are lines alone.
+Lines are losses of steps (means over the last twentieth), dots are validation losses. Both axes are
+logarithmic. Seconds are those of training, without validation and saving.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -17,111 +14,110 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 from PIL import Image, ImageDraw
 
-from model import replace_file
-from prepare_data import need
+from prepare_data import Parser, check, run_script
 
 COLOURS = "#d1495b", "#00798c", "#edae49", "#30638e", "#66a182", "#8d5a97", "#7f5539", "#444444"
-
 
 def runs_of(folder):
     """{name of a run: its records} from folder/log.jsonl; of a step that was repeated the last record counts."""
     path = Path(folder, "log.jsonl")
-    need(path.exists(), f"{path} does not exist: give the --out_dir of a run of train.py")
+    check(path.exists(), f"{path} does not exist: give the --out_dir of a run of train.py")
     runs = {}
     for record in map(json.loads, path.read_text().splitlines()):
-        known = runs.setdefault(record["run"], [])
-        if record.get("event") == "start":  # afresh, or resumed from a step before the last
-            known[:] = [r for r in known if r["step"] <= record["step"]]
-            if not record["step"]:
-                known.clear()
-        known.append(record)
+        name, first = record["run"], record["step"]
+        known = runs.setdefault(name, [])
+        if record.get("event") == "start":  # afresh at step 0, or resumed
+            runs[name] = [r for r in known if 0 < r["step"] <= first]
+        if record.get("event") != "skipped":
+            runs[name].append(record)
     return runs
-
 
 def points_of(records, what, x="step"):
     """[(step or seconds, value)] of one kind; a validation loss stands at the seconds of its step."""
-    seconds, shift, points = 0.0, 0.0, []
-    for r in records:
-        if r.get("event") == "start":
-            shift = seconds  # a resumed run counts its seconds anew
-        seconds = shift + r["seconds"] if "seconds" in r else seconds
-        if what in r:
-            points.append((r["step"] if x == "step" else seconds, r[what]))
-    return [(t, v) for t, v in points if t > 0 and v > 0]
-
+    seconds = 0.0
+    before = 0.0  # the run was resumed: it counts its seconds anew
+    points = []
+    for record in records:
+        if record.get("event") == "start":
+            before = seconds
+        if "seconds" in record:
+            seconds = before + record["seconds"]
+        if what in record:
+            points.append((record["step"] if x == "step" else seconds, record[what]))
+    return [(t, value) for t, value in points if t > 0 and value > 0]  # which have logarithms
 
 def smoothed(points):
     """Each value the mean of those of the last twentieth of the steps until then."""
     width = max(1, len(points) // 20)
-    values = [v for _, v in points]
-    return [(t, sum(values[max(0, i - width + 1) : i + 1]) / min(width, i + 1)) for i, (t, _) in enumerate(points)]
-
+    return [(t, np.mean([value for _, value in points[max(0, i + 1 - width) : i + 1]]))
+            for i, (t, _) in enumerate(points)]
 
 def ticks(low, high, most=8):
     """Round values within a range for a logarithmic axis, the densest of at most so many."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in (*([x / 10 for x in range(10, 100, by)] for by in (1, 2, 5)), range(1, 10), (1, 2, 5), (1,)):
-        found = [v for v in (float(f"{step:g}e{e}") for e in decades for step in steps) if low <= v <= high]
-        if len(found) <= most:
-            return found
-    return found[:: -(-len(found) // most)]
-
+    tenths = [np.arange(10, 100, by) / 10 for by in (1, 2, 5)]
+    for digits in (*tenths, range(1, 10), (1, 2, 5), (1,)):
+        values = [float(f"{digit:g}e{decade}") for decade in decades for digit in digits]
+        inside = [value for value in values if low <= value <= high]
+        if len(inside) <= most:
+            return inside
+    return inside[:: math.ceil(len(inside) / most)]
 
 def draw(path, lines, title, size=(720, 420)):
-    """A PNG of lines [(name, colour number, [(x > 0, y > 0)], whether with dots)], both axes logarithmic."""
+    """A PNG of lines [(name, [(x > 0, y > 0)], whether with dots)]; those of one name have one colour."""
     image = Image.new("RGB", size, "white")
     canvas = ImageDraw.Draw(image)
-    x, y = zip(*(p for _, _, points, _ in lines for p in points))
+    xs, ys = zip(*(point for _, points, _ in lines for point in points))
     left, top, right, bottom = 60, 36, size[0] - 20, size[1] - 36
-    spans = [(math.log(min(v)) - 0.05, math.log(max(v)) + 0.05) for v in (x, y)]
 
-    def place(px, py):
-        fx, fy = ((math.log(v) - low) / (high - low) for v, (low, high) in zip((px, py), spans))
-        return left + fx * (right - left), bottom - fy * (bottom - top)
+    def scale(values, start, end):
+        """A logarithmic axis from start to end, with a margin."""
+        low, high = math.log(min(values)) - 0.05, math.log(max(values)) + 0.05
+        return lambda value: start + (math.log(value) - low) / (high - low) * (end - start)
 
-    for (low, high), is_x in zip(spans, (True, False)):
-        for v in ticks(math.exp(low), math.exp(high)):
-            at = place(v, min(y)) if is_x else place(min(x), v)
-            ends = ((at[0], top), (at[0], bottom)) if is_x else ((left, at[1]), (right, at[1]))
-            canvas.line(ends, "#dddddd")
-            canvas.text((at[0] - 10, bottom + 6) if is_x else (8, at[1] - 6), f"{v:g}", "black")
+    place_x = scale(xs, left, right)
+    place_y = scale(ys, bottom, top)
+    for value in ticks(min(xs), max(xs)):
+        x = place_x(value)
+        canvas.line((x, top, x, bottom), "#dddddd")
+        canvas.text((x - 10, bottom + 6), f"{value:g}", "black")
+    for value in ticks(min(ys), max(ys)):
+        y = place_y(value)
+        canvas.line((left, y, right, y), "#dddddd")
+        canvas.text((8, y - 6), f"{value:g}", "black")
     canvas.rectangle((left, top, right, bottom), outline="black")
     canvas.text((left, 10), title, "black")
-    for name, number, points, dots in lines:
-        colour = COLOURS[number % len(COLOURS)]
-        at = [place(*p) for p in points]
-        canvas.line(at, colour, 2)
-        for a, b in at if dots else ():
-            canvas.ellipse((a - 3, b - 3, a + 3, b + 3), colour)
-    named = dict((name, number) for name, number, _, _ in lines)
-    for i, (name, number) in enumerate(named.items()):
-        canvas.text((right - 8 - canvas.textlength(name), top + 8 + 14 * i), name, COLOURS[number % len(COLOURS)])
-    replace_file(path, lambda f: image.save(f, "PNG"))
+    names = list(dict.fromkeys(name for name, _, _ in lines))
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    for name, points, with_dots in lines:
+        places = [(place_x(x), place_y(y)) for x, y in points]
+        canvas.line(places, colours[name], 2)
+        if with_dots:
+            for x, y in places:
+                canvas.ellipse((x - 3, y - 3, x + 3, y + 3), colours[name])
+    for i, name in enumerate(names):
+        canvas.text((right - 8 - canvas.textlength(name), top + 8 + 14 * i), name, colours[name])
+    image.save(path)
 
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv):
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", help="--out_dir of runs of train.py")
-    parser.add_argument("--x", default="step", choices=("step", "seconds"))
-    parser.add_argument("--what", default="loss", choices=("loss", "grad_norm", "lr", "images_per_s"))
-    parser.add_argument("--out", help="default: curves.png in the first folder")
+    parser.add("x", "step", "horizontal axis", choices=("step", "seconds"))
+    parser.add("out", None, "PNG to write; None = curves.png in the first folder")
     args = parser.parse_args(argv)
     lines = []
     for folder in args.runs:
-        for name, records in runs_of(folder).items():
-            label, number = f"{folder} {name}", len({line[1] for line in lines})
-            for what in (args.what, "val_loss")[: 1 + (args.what == "loss")]:
-                if points := points_of(records, what, args.x):
-                    dots = what == "val_loss"
-                    lines.append((label, number, points if dots else smoothed(points), dots))
-    need(lines, f"nothing to draw in {', '.join(args.runs)}: the runs have not logged yet")
-    path = args.out or str(Path(args.runs[0], "curves.png"))
-    draw(path, lines, f"{args.what} against {args.x}{'; dots: validation loss' * (args.what == 'loss')}")
+        for run, records in runs_of(folder).items():
+            lines.append((f"{folder} {run}", smoothed(points_of(records, "loss", args.x)), False))
+            lines.append((f"{folder} {run}", points_of(records, "val_loss", args.x), True))
+    lines = [line for line in lines if line[1]]
+    check(lines, f"nothing to draw in {', '.join(args.runs)}: the runs have not logged yet")
+    path = args.out or f"{args.runs[0]}/curves.png"
+    draw(path, lines, f"loss against {args.x}; dots: validation loss")
     print(f"wrote {path}")
 
-
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,22 +1,26 @@
 """Fault campaign: disturb small training runs, resume them, compare with the undisturbed run.
 
-python tests/tools/faults.py [--faults 60] [--seed 0]        # about five seconds a fault on two cores
+python tests/tools/faults.py [--faults 80] [--seed 0]        # about five seconds a fault on two cores
 
 Every fault hits a fresh run of STEPS steps that saves every EVERY steps:
   kill       kill -9 at a random moment, also in the middle of a save
+  poison     the same, where some images are NaN: such steps must be skipped
+  SIGHUP     the terminal is closed at a random moment: the run must finish its step and save
+  SIGUSR1    the same, sent by SLURM before the time is up
   truncate   the newest checkpoint is cut at a random byte
   flip       random bytes of the newest checkpoint are changed
   full disk  writing fails at a random size of file (RLIMIT_FSIZE); kill -9 if the run has not ended by itself
-  poison     some images are NaN; such steps must be skipped, and the run killed and resumed once
+  two runs   two start in the same folder: one must be refused, and the other one undisturbed
 The final weights (model, EMA, optimizer) must be those of the undisturbed run, bit for bit.
 """
 
 import argparse
 import json
+import math
 import os
 import random
+import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,16 +30,14 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import ROOT, make_dataset  # noqa: E402, it puts the project on the path
-from model import load_checkpoint  # noqa: E402
+from conftest import ROOT, TINY, make_dataset  # noqa: E402, it puts the project on the path
+from test_train import finite, load, same_runs  # noqa: E402
 
 STEPS, EVERY = 160, 10
-FLAGS = ["--dim=32", "--depth=2", "--heads=2", "--patch_size=4", "--device=cpu", "--dtype=float32",
-         "--batch_size=8", "--lr=1e-3", "--lr_schedule=constant", "--log_every=1", "--eval_every=0",
-         "--sample_every=0", f"--save_every={EVERY}", f"--steps={STEPS}"]
+SIGNALS = dict(kill=signal.SIGKILL, poison=signal.SIGKILL, SIGHUP=signal.SIGHUP, SIGUSR1=signal.SIGUSR1)
+KINDS = [*SIGNALS, "truncate", "flip", "full disk", "two runs"]
 
 
 def start(data, out, *more, limit=None):
@@ -43,8 +45,9 @@ def start(data, out, *more, limit=None):
     def set_limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), f"--data={data}", f"--out_dir={out}",
-                             *FLAGS, *more], stderr=subprocess.PIPE, text=True,
+    flags = [f"--data={data}", f"--out_dir={out}", *TINY, "--batch_size=8", "--lr_schedule=constant", "--log_every=1",
+             f"--save_every={EVERY}", f"--steps={STEPS}", *more]
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=limit and set_limit)
 
 
@@ -64,36 +67,32 @@ def last_step(out):
     return last
 
 
-def kill_at_random(process, out, rng):
-    """kill -9 at a random moment after the first checkpoint."""
+def signalled(kind, data, out, rng):
+    """Send a signal at a random moment after the first checkpoint; returns as `disturb`."""
+    process = start(data, out)
     while process.poll() is None and not (out / "ft.pt").exists():
         time.sleep(0.005)
-    time.sleep(rng.uniform(0, 1.0))
-    process.send_signal(signal.SIGKILL)
-    finish(process)
-
-
-def same(a, b):
-    """Whether two checkpoints hold the same tensors."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return True
+    time.sleep(rng.uniform(0, 0.8))
+    process.send_signal(SIGNALS[kind])
+    code, _ = finish(process)
+    if SIGNALS[kind] == signal.SIGKILL:
+        return last_step(out) - (2 * EVERY if kind == "poison" else EVERY)  # a skipped step is not saved
+    done = last_step(out)
+    return done if code == 128 + SIGNALS[kind] or done == STEPS else math.inf
 
 
 def disturb(kind, data, out, rng):
-    """Run until the fault; returns the step that a resumed run may at worst go back to."""
+    """Run until the fault. Returns the step that a resumed run may at worst go back to, or infinity if a signal or a
+    second run was not met as it should."""
+    if kind in SIGNALS:
+        return signalled(kind, data, out, rng)
+    if kind == "two runs":
+        codes = [finish(process)[0] for process in (start(data, out), start(data, out))]
+        return STEPS if sorted(codes) == [0, 1] else math.inf
     ckpt = out / "ft.pt"
-    if kind in ("kill", "poison"):
-        kill_at_random(start(data, out), out, rng)
-        return last_step(out) - (2 * EVERY if kind == "poison" else EVERY)  # a skipped step is not saved
     if kind == "full disk":
         finish(start(data, out, f"--steps={3 * EVERY}"))
-        limit = rng.randrange(1, ckpt.stat().st_size)
-        process = start(data, out, "--resume", limit=limit)
+        process = start(data, out, "--resume", limit=rng.randrange(1, ckpt.stat().st_size))
         time.sleep(rng.uniform(2, 4))
         process.send_signal(signal.SIGKILL)
         finish(process)
@@ -110,49 +109,41 @@ def disturb(kind, data, out, rng):
     return steps - EVERY
 
 
-def one(kind, rng, sets, references):
-    """(resumed, steps lost beyond what was allowed, bit-identical) for one fault."""
-    out = Path(tempfile.mkdtemp(prefix="faults-"))
-    data = sets["poison" if kind == "poison" else "clean"]
-    try:
+def one(kind, rng, data, reference):
+    """What is counted of one fault: whether it was resumed, lost more steps than it may, ended bit-identically."""
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        out = Path(folder)
         allowed = disturb(kind, data, out, rng)
         code, errors = finish(start(data, out, "--resume"))
-        resumed = [int(line.split()[-1]) for line in errors.splitlines() if "resumed from step" in line]
+        resumed = re.search(r"starts at step (\d+)", errors)
         if code or not resumed:
             print(errors, file=sys.stderr)
-            return False, 0, False
-        final = load_checkpoint(str(out / "ft.pt"))
-        intact = all(same(final[k], references[kind == "poison"][k]) for k in ("model", "ema", "optimizer"))
-        return True, max(0, allowed - resumed[0]), intact
-    finally:
-        shutil.rmtree(out)
+            return dict(faults=1)
+        identical = same_runs(out / "ft.pt", reference)
+        return dict(faults=1, resumed=1, lost=int(int(resumed[1]) < allowed), identical=int(identical))
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--faults", type=int, default=60)
+    parser.add_argument("--faults", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     rng = random.Random(args.seed)
+    counts = {kind: Counter() for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        sets = {name: make_dataset(folder / name, n=64, channels=4, dtype=np.float32)
-                for name in ("clean", "poison")}
-        images = np.load(sets["poison"] / "train.npy")
-        images[[3, 40]] = np.nan
-        np.save(sets["poison"] / "train.npy", images)
-        references = []
-        for name in ("clean", "poison"):
-            code, errors = finish(start(sets[name], folder / f"{name}-run"))
-            assert code == 0, errors
-            references.append(load_checkpoint(str(folder / f"{name}-run" / "ft.pt")))
-        assert all(t.isfinite().all() for r in references for t in r["ema"].values())
-        kinds = ["kill", "truncate", "flip", "full disk", "poison"]
-        counts = {kind: Counter() for kind in kinds}
+        runs = []  # without and with poison: the data, and the checkpoint of the undisturbed run
+        for sick in [], [3, 40]:
+            out = Path(folder, f"run{len(sick)}")
+            data = make_dataset(Path(folder, f"data{len(sick)}"), n=64, channels=4, dtype=np.float32)
+            images = np.load(data / "train.npy")
+            images[sick] = np.nan
+            np.save(data / "train.npy", images)
+            code, errors = finish(start(data, out))
+            assert code == 0 and finite(load(out / "ft.pt")), errors
+            runs.append((data, out / "ft.pt"))
         for i in range(args.faults):
-            kind = kinds[i % len(kinds)]
-            resumed, lost, intact = one(kind, rng, sets, references)
-            counts[kind].update(faults=1, resumed=resumed, lost=lost > 0, identical=intact)
+            kind = KINDS[i % len(KINDS)]
+            counts[kind].update(one(kind, rng, *runs[kind == "poison"]))
             print(f"\r{i + 1}/{args.faults}", end="", file=sys.stderr, flush=True)
     print(f"\n| fault | runs | resumed | lost more than {EVERY} steps | final weights bit-identical |")
     print("|---|---|---|---|---|")

@@ -12,179 +12,182 @@ damages validation images more and more, by kinds that it was trained on and by 
 Frechet distance and KID to the first 2,000 training images, by the judge's features and by random ones.
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from common import markdown, typed, where_from  # puts the project on the path
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 import fid
-import sample
-from prepare_data import need, open_folder
-from reproduce import where_from
+from model import replace_file
+from prepare_data import Parser, check, open_folder, run_script
 
-WIDTHS = 32, 64, 96, 128  # channels of the layers; each has half the side of the one before
-# Kinds of damage and their strengths in the table. The judge learns the first three, up to the last strength.
-LEARNED = {"blur, deviation in pixels": (0.4, 0.8, 1.6),
-           "noise, deviation of 255": (4, 8, 16),
-           "every second patch moved, pixels": (1, 2, 3)}
-UNSEEN = {"pixels made larger, times": (2, 4, 8),
-          "warped, pixels": (0.5, 1, 2),
-          "another image shines through, share": (0.1, 0.2, 0.4),
-          "only so many different images": (256, 64, 16),
-          "brighter, of 255": (4, 8, 16)}
+# ---- Kinds of damage: functions of images float (B, 3, H, W), 0 to 255, a strength and a generator.
+def blurred(x, deviation, generator):
+    at = torch.arange(-8.0, 9.0)
+    weights = torch.exp(-0.5 * (at / max(deviation, 1e-3)) ** 2)
+    weights = (weights / weights.sum()).expand(3, 1, 1, -1)
+    x = F.pad(x, (8, 8, 8, 8), "replicate")
+    x = F.conv2d(x, weights, groups=3)
+    return F.conv2d(x, weights.transpose(2, 3), groups=3)
 
+def noisy(x, deviation, generator):
+    return x + deviation * torch.randn(x.shape, generator=generator)
 
-def damaged(x, kind, strength, generator):
-    """Images float (B, 3, H, W), 0 to 255, made worse in one way."""
-    height, width = x.shape[2:]
-    if kind.startswith("blur"):
-        at = torch.arange(-8.0, 9.0)
-        weights = torch.exp(-0.5 * (at / max(strength, 1e-3)) ** 2)
-        weights = (weights / weights.sum()).expand(x.shape[1], 1, 1, -1)
-        x = F.conv2d(F.pad(x, (8, 8, 8, 8), "replicate"), weights, groups=x.shape[1])
-        return F.conv2d(x, weights.transpose(2, 3), groups=x.shape[1])
-    if kind.startswith("noise"):
-        return x + strength * torch.randn(x.shape, generator=generator)
-    if kind.startswith("every second patch"):  # of 4 x 4 pixels
-        rows, columns = torch.arange(height)[:, None] // 4, torch.arange(width) // 4
-        return torch.where((rows + columns) % 2 == 1, x.roll(round(strength), dims=3), x)
-    if kind.startswith("pixels"):
-        return F.interpolate(F.avg_pool2d(x, strength), size=(height, width))
-    if kind.startswith("warped"):  # by a smooth random field of this deviation
-        field = torch.randn(len(x), 2, 6, 6, generator=generator) * strength
-        field = F.interpolate(field, (height, width), mode="bicubic", align_corners=False)
-        move = field.permute(0, 2, 3, 1) * 2 / torch.tensor([width, height])
-        still = F.affine_grid(torch.eye(2, 3).expand(len(x), 2, 3), list(x.shape), align_corners=False)
-        return F.grid_sample(x, still + move, padding_mode="border", align_corners=False)
-    if kind.startswith("another image"):
-        return x.lerp(x.roll(1, dims=0), strength)
-    if kind.startswith("only"):
-        return x[torch.arange(len(x)) % strength]
-    return x + strength  # brighter
+def moved(x, pixels, generator):
+    """Every second patch of 4 x 4 pixels."""
+    rows = torch.arange(x.shape[2])[:, None] // 4
+    columns = torch.arange(x.shape[3]) // 4
+    return torch.where((rows + columns) % 2 == 1, x.roll(round(pixels), dims=3), x)
 
+def warped(x, deviation, generator):
+    """By a smooth random field."""
+    size = x.shape[2:]
+    field = deviation * torch.randn(len(x), 2, 6, 6, generator=generator)
+    field = F.interpolate(field, size, mode="bicubic", align_corners=False)
+    move = field.permute(0, 2, 3, 1) * 2 / torch.tensor([size[1], size[0]])
+    still = F.affine_grid(torch.eye(2, 3).expand(len(x), 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x, still + move, padding_mode="border", align_corners=False)
+
+# {kind: (function, strengths in the table)}. The judge learns the first, up to the last strength.
+LEARNED = {
+    "blur, deviation in pixels": (blurred, (0.4, 0.8, 1.6)),
+    "noise, deviation of 255": (noisy, (4, 8, 16)),
+    "every second patch moved, pixels": (moved, (1, 2, 3)),
+}
+UNSEEN = {
+    "pixels made larger, times": (lambda x, n, g: F.interpolate(F.avg_pool2d(x, n), size=x.shape[2:]), (2, 4, 8)),
+    "warped, pixels": (warped, (0.5, 1, 2)),
+    "another image shines through, share": (lambda x, share, g: x.lerp(x.roll(1, dims=0), share), (0.1, 0.2, 0.4)),
+    "only so many different images": (lambda x, n, g: x[torch.arange(len(x)) % n], (256, 64, 16)),
+    "brighter, of 255": (lambda x, by, g: x + by, (4, 8, 16)),
+}
 
 def varied(x, generator):
     """Brightness, contrast and tint drawn for each image."""
     def between(low, high, channels=1):
         return low + (high - low) * torch.rand(len(x), channels, 1, 1, generator=generator)
-    return (x * between(0.92, 1.08) + between(-10, 10) + between(-4, 4, x.shape[1])).clamp(0, 255)
+    return (x * between(0.92, 1.08) + between(-10, 10) + between(-4, 4, 3)).clamp(0, 255)
 
+# ---- The network and its training.
+FEATURES = 128
 
 class Judge(nn.Module):
-    """uint8 (B, 3, H, W) -> (B, WIDTHS[-1])."""
+    """uint8 (B, 3, H, W) -> (B, FEATURES)."""
 
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential()
-        for a, b in zip((3, *WIDTHS), WIDTHS):
-            self.layers.extend([nn.Conv2d(a, b, 3 if a > 3 else 5, 2, 1 if a > 3 else 2), nn.BatchNorm2d(b), nn.ReLU()])
-        self.register_buffer("centre", torch.zeros(WIDTHS[-1]))
+        for c_in, c_out, kernel in ((3, 32, 5), (32, 64, 3), (64, 96, 3), (96, FEATURES, 3)):
+            conv = nn.Conv2d(c_in, c_out, kernel, stride=2, padding=kernel // 2)
+            self.layers.extend([conv, nn.BatchNorm2d(c_out), nn.ReLU()])
+        self.register_buffer("centre", torch.zeros(FEATURES))
         self.register_buffer("unit", torch.tensor(1.0))
 
     def forward(self, x):
         return (self.layers(x / 127.5 - 1).mean((2, 3)) - self.centre) / self.unit
 
+def as_input(images):
+    """uint8 (N, H, W, C) -> float (N, 3, H, W), 0 to 255."""
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1)
 
 def fit(images, steps, batch=64, seed=0):
     """A Judge of images uint8 (N, H, W, C) after so many pairs of batches."""
     torch.manual_seed(seed)
-    g, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-    net, how, which = Judge(), nn.Linear(WIDTHS[-1], len(LEARNED)), nn.Linear(WIDTHS[-1], 64)
-    weights = [p for part in (net, how, which) for p in part.parameters()]
+    g = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    net = Judge()
+    damage = nn.Linear(FEATURES, len(LEARNED))
+    identity = nn.Linear(FEATURES, 64)
+    weights = nn.ModuleList([net, damage, identity]).parameters()
     optimizer = torch.optim.AdamW(weights, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for _ in tqdm(range(steps), "judge", unit="step"):
-        clean = as_input(images[np.sort(rng.choice(len(images), batch, replace=len(images) < batch))])
-        strength, parts = torch.zeros(2, batch, len(LEARNED)), list(clean.split(batch // 8))
-        for i, part in enumerate(parts):
-            kind, share = rng.integers(len(LEARNED)), rng.random()
-            name, strengths = list(LEARNED.items())[kind]
-            parts[i] = damaged(part, name, share * strengths[-1], g)
-            strength[1, i * (batch // 8) : (i + 1) * (batch // 8), kind] = share
+        index = rng.choice(len(images), batch, replace=len(images) < batch)
+        clean = as_input(images[np.sort(index)])
+        parts = []
+        shares = torch.zeros(batch, len(LEARNED))  # of the last strength, by kind
+        for part, own_shares in zip(clean.split(batch // 8), shares.split(batch // 8)):
+            kind = rng.integers(len(LEARNED))
+            share = rng.random()
+            function, strengths = list(LEARNED.values())[kind]
+            parts.append(function(part, share * strengths[-1], g))
+            own_shares[:, kind] = share
         y = net(torch.cat([varied(clean, g), varied(torch.cat(parts), g)]))
-        a, b = F.normalize(which(y), dim=1).chunk(2)
-        pairs = F.cross_entropy(a @ b.T / 0.2, torch.arange(len(a)))
-        loss = pairs + 10 * (how(y) - strength.flatten(0, 1)).square().mean()
+        a, b = F.normalize(identity(y), dim=1).chunk(2)
+        pairs = F.cross_entropy(a @ b.T / 0.2, torch.arange(batch))
+        expected = torch.cat([torch.zeros_like(shares), shares])
+        loss = pairs + 10 * F.mse_loss(damage(y), expected)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     net.eval().requires_grad_(False)
     y = torch.cat([net(as_input(images[i : i + 256])) for i in range(0, min(len(images), 5120), 256)])
-    net.centre.copy_(y.mean(0)), net.unit.copy_(y.var(0).sum().sqrt() / 10)
+    net.centre.copy_(y.mean(0))
+    net.unit.copy_(y.var(0).sum().sqrt() / 10)
     return net
 
-
-def as_input(images):
-    """uint8 (N, H, W, C) -> float (N, 3, H, W), 0 to 255."""
-    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1)
-
+# ---- The table.
+def features(net, x):
+    with torch.inference_mode():
+        return torch.cat([net(part.to(torch.uint8)).double() for part in tqdm(x.round().clamp(0, 255).split(50))])
 
 def compare(data, judge, number):
     """Distances of damaged validation images to the first 2000 training images, by judge and random features."""
     settings = SimpleNamespace(features="random", weights=None, device="cpu", dtype="float32")
-    nets, rows = dict(judge=judge, random=fid.load_features(settings)), []
-    real, images = (as_input(open_folder(data, split)[0][:n]) for split, n in (("train", 2000), ("val", number)))
-
-    def features(net, x):
-        with torch.inference_mode():
-            return torch.cat([net(part.to(torch.uint8)).float() for part in tqdm(x.split(50))]).double()
-
-    def statistics(y):
-        return y.mean(0).numpy(), np.cov(y.T.numpy())
-
+    nets = dict(judge=judge, random=fid.load_features(settings)[0])
+    real = as_input(open_folder(data)[0][:2000])
+    images = as_input(open_folder(data, "val")[0][:number])
     reference = {name: features(net, real) for name, net in nets.items()}
-    for kind, strength in [("none", 0)] + [(k, s) for k, v in (LEARNED | UNSEEN).items() for s in v]:
-        x = damaged(images, kind, strength, torch.Generator().manual_seed(0)) if strength else images
+    damaged = [("none", 0, images)]
+    for kind, (function, strengths) in (LEARNED | UNSEEN).items():
+        damaged += [(kind, s, function(images, s, torch.Generator().manual_seed(0))) for s in strengths]
+    rows = []
+    for kind, strength, x in damaged:
         row = dict(kind=kind, strength=strength, number=len(images))
         for name, net in nets.items():
-            y = features(net, x.round().clamp(0, 255))
-            row[name] = fid.frechet_distance(*statistics(reference[name]), *statistics(y))
-            row[name + "_kid"] = fid.kid(reference[name], y, size=len(y) // 2)["kid"]
+            a, b = reference[name], features(net, x)
+            statistics = [s for y in (a, b) for s in (y.mean(0).numpy(), np.cov(y.T.numpy()))]
+            row[name] = fid.frechet_distance(*statistics)
+            row[f"{name}_kid"] = fid.kid(a, b, size=len(b) // 2)["kid"]
         rows.append(row | where_from())
     return rows
 
-
 def table(rows):
-    lines = ["| damage | judge, FD | random features, FD | judge, KID | random features, KID |", "|---" * 5 + "|"]
+    lines = []
     for kind in dict.fromkeys(r["kind"] for r in rows):
-        mine = [r for r in rows if r["kind"] == kind]
-        strengths = kind if kind == "none" else f"{kind}: {', '.join(str(r['strength']) for r in mine)}"
-        cells = [", ".join(f"{r[key]:.3g}" for r in mine) for key in ("judge", "random", "judge_kid", "random_kid")]
-        lines.append(f"| {strengths} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        own = [r for r in rows if r["kind"] == kind]
+        strengths = ", ".join(str(r["strength"]) for r in own)
+        name = kind if kind == "none" else f"{kind}: {strengths}"
+        columns = [", ".join(f"{r[key]:.3g}" for r in own) for key in ("judge", "random", "judge_kid", "random_kid")]
+        lines.append([name, *columns])
+    return markdown(["damage", "judge, FD", "random features, FD", "judge, KID", "random features, KID"], lines)
 
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv):
+    parser = Parser(__doc__)
     parser.add_argument("data", help="prepared set of images")
-    parser.add_argument("--out", help="TorchScript file for fid.py --features; default: DATA/judge.pt")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--num", type=int, default=300, help="validation images in the table")
-    parser.add_argument("--table", action=argparse.BooleanOptionalAction, default=True, help="compare (20 minutes)")
+    parser.add("out", None, "TorchScript file for fid.py --features; None = DATA/judge.pt")
+    parser.add("steps", 1500, "training steps", low=1)
+    parser.add("num", 300, "validation images in the table", low=2)
+    parser.add("table", True, "compare the features with random ones (20 minutes)")
     args = parser.parse_args(argv)
-    out = Path(args.out or Path(args.data, "judge.pt"))
+    out = Path(args.out or f"{args.data}/judge.pt")
     images = open_folder(args.data)[0]
-    need(images.dtype == np.uint8, f"{args.data} holds latents, expected images: prepare it from images")
+    check(images.dtype == np.uint8, f"{args.data} holds latents, expected images: prepare it from images")
     net = torch.jit.trace(fit(images, args.steps), torch.zeros(2, 3, *images.shape[1:3]))
-    sample.replace_file(out, lambda f: torch.jit.save(net, f))
+    replace_file(out, lambda file: torch.jit.save(net, file))
     if args.table:
         rows = compare(args.data, net, args.num)
-        command = f"python tests/tools/judge.py data/{Path(args.data).name} --steps {args.steps}"
-        out.with_suffix(".json").write_text(json.dumps(dict(command=command, results=rows), indent=1))
+        about = dict(command=typed(__file__, argv), results=rows)
+        out.with_suffix(".json").write_text(json.dumps(about, indent=1))
         print(table(rows))
 
-
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch._dynamo  # noqa: F401, by optimizers: here once and not in every fork
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -44,8 +45,8 @@ class OnGPU(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held):
-        t = torch.Tensor._make_wrapper_subclass(cls, held.shape, strides=held.stride(), dtype=held.dtype, device="gpu:0",
-                                                storage_offset=held.storage_offset())
+        t = torch.Tensor._make_wrapper_subclass(cls, held.shape, strides=held.stride(), dtype=held.dtype,
+                                                device="gpu:0", storage_offset=held.storage_offset())
         t.held = held
         return t
 

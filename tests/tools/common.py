@@ -1,0 +1,165 @@
+"""Run the project's scripts, judge what they draw, and say with what a figure was measured."""
+
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+
+from prepare_data import check, to_image
+
+# ---- Runs.
+QUIET = ["--sample_every=0", "--save_every=0"]
+DEMO = "--preset=demo"
+B16 = "--batch_size=16"
+
+def masked(ratio, *flags, kind="patch"):
+    return [f"--mask_ratio={ratio}", f"--mask_type={kind}", *flags]
+
+def call(script, *args, log):
+    """Run a script of the project -> what it prints, and its peak memory in GB. The rest goes to the file `log`."""
+    command = [sys.executable, ROOT / script, *map(str, args)]
+    with open(log, "a") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        out = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        last_words = Path(log).read_text().strip().splitlines()[-1]
+        check(False, f"{script} failed: {last_words} (all of it in {log})")
+    return out, usage.ru_maxrss / 1e6
+
+def last_json(out):
+    return json.loads(out.splitlines()[-1])
+
+def records(folder):
+    return [json.loads(line) for line in open(Path(folder, "log.jsonl"))]
+
+def train_for(seconds, cost, out_dir, flags, log, curve=False):
+    """Train for a planned time, at `cost` seconds a step -> the checkpoint, and what is known of the run.
+
+    With curve=True that has points [planned seconds, validation loss], and a checkpoint of three quarters is kept.
+    """
+    steps = max(10, round(seconds / cost))
+    every = max(10, steps // 40 * 10) if curve else 0  # four times, and at the end
+    _, memory = call("train.py", *flags, f"--out_dir={out_dir}", *QUIET, f"--steps={steps}", "--log_every=10",
+                     f"--eval_every={every}", f"--keep_every={3 * every}", log=log)
+    start, *found = records(out_dir)
+    losses = {r["step"]: r["val_loss"] for r in found if "val_loss" in r}
+    points = [[step * cost, loss] for step, loss in losses.items() if step < steps]
+    (checkpoint,) = out_dir.glob("??.pt")
+    return checkpoint, dict(steps=steps, seconds=steps * cost, images_per_s=start["config"]["batch_size"] / cost,
+                            peak_gb=memory, val_loss=losses[steps], curve=points)
+
+def step_seconds(flags, folder, log):
+    """The least seconds of a step in a short run of train.py."""
+    call("train.py", *flags, f"--out_dir={folder}", *QUIET, "--steps=36", "--log_every=4", "--eval_every=0", log=log)
+    times = [r["seconds"] for r in records(folder) if "seconds" in r]
+    shutil.rmtree(folder)
+    return min(later - earlier for earlier, later in pairwise(times)) / 4
+
+def measure_costs(commands, costs, folder, log, rounds=3):
+    """Add the seconds of a step of each command, {name: flags of train.py}, to `costs`, {name: seconds}.
+
+    Short runs take turns, and the least time counts. A command whose cost was known before tells how fast the
+    machine is now, so that a call that goes on plans as the first one did.
+    """
+    known = [name for name in commands if name in costs][:1]
+    missing = [name for name in commands if name not in costs]
+    if not missing:
+        return
+    times = {name: [] for name in known + missing}
+    for name in list(times) * rounds:
+        times[name].append(step_seconds(commands[name], folder, log))
+    scale = 1
+    for name in known:
+        scale = costs[name] / min(times[name])
+    for name in missing:
+        costs[name] = scale * min(times[name])
+
+# ---- Judgement.
+def frechet_distance(samples, folder, stem, log, features="judge"):
+    """Distance of the samples in an .npz to 2000 training images of a set.
+
+    By features that judge.py learns from that set, or "random" ones. What is made for it is named by `stem`.
+    """
+    net = "random"
+    if features == "judge":
+        net = f"{stem}-judge.pt"
+        if not os.path.exists(net):
+            call("tests/tools/judge.py", folder, "--no-table", "--out", net, log=log)
+    reference = f"{stem}-{features}.npz"
+    if not os.path.exists(reference):
+        call("fid.py", folder, "--features", net, "--num", 2000, "--stats", reference, log=log)
+    out, _ = call("fid.py", reference, samples, "--features", net, "--json", log=log)
+    return last_json(out)["fd" if features == "judge" else "random_fd"]
+
+# ---- Reports.
+def where_from():
+    """What a figure must be told with: the code, the machine, the day."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True,
+                         text=True)
+    names = [platform.processor()]
+    if os.path.exists("/proc/cpuinfo"):
+        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    machine = f"{len(names)} cores of {names[0]}"
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    return dict(commit=git.stdout.strip() or "unknown", machine=machine, torch=torch.__version__,
+                date=time.strftime("%Y-%m-%d"))
+
+def typed(file, argv):
+    """The command of this process as anybody can type it: files by their names."""
+    names = [re.sub("(^|=)/.*/", r"\1", arg) for arg in argv]
+    return shlex.join(["python", f"tests/tools/{Path(file).name}", *names])
+
+class Results:
+    """What is finished of a comparison, in a file. The same command goes on from there."""
+
+    def __init__(self, path, settings, command):
+        self.path = path
+        self.stored = dict(settings, results=[])
+        if path.exists():
+            self.stored = json.loads(path.read_text())
+        for name, value in settings.items():
+            known = self.stored.get(name)
+            check(known == value, f"{path} has results with other {name} ({known}): give another --out")
+        self.stored["command"] = command
+        self.results = self.stored["results"]
+
+    def find(self, **wanted):
+        return [r for r in self.results if wanted.items() <= r.items()]
+
+    def save(self):
+        self.path.write_text(json.dumps(self.stored, indent=1))
+
+def spread(values):
+    """The mean, and half the distance between the extremes; nothing of what was not measured."""
+    if None in values:
+        return ""
+    mean = f"{statistics.mean(values):.4g}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {(max(values) - min(values)) / 2:.2g}"
+
+def markdown(heads, rows):
+    lines = [f"| {' | '.join(cells)} |" for cells in [heads, *rows]]
+    lines.insert(1, "|---" * len(heads) + "|")
+    return "\n".join(lines)
+
+def picture(path, lines):
+    """Write lines of images uint8 (n, H, W, C) as one PNG."""
+    sheet = np.concatenate([np.concatenate(list(images), axis=1) for images in lines])
+    to_image(sheet).save(path)
