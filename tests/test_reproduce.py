@@ -4,7 +4,6 @@ import importlib
 import io
 import json
 import math
-
 import shlex
 import signal
 from contextlib import redirect_stderr, redirect_stdout
@@ -266,7 +265,8 @@ def test_one_class_after_another_is_learned_and_each_judged_by_its_own_samples(t
                "--methods", "generative-1+taught", "--out", tmp_path / "out"]
     first = called(continual, *command)
     stored = json.loads((tmp_path / "out/continual.json").read_text())
-    (result,) = stored["results"]
+    start, result = stored["results"]
+    assert (start["method"], start["matrix"]) == ("first", result["matrix"][:1]) and len(start["stages"]) == 2
     assert stored["tasks"] == ["class 1", "class 0"] and [len(row) for row in result["matrix"]] == [1, 2]
     assert len(result["report"]) == 2 and str(tmp_path) not in json.dumps(stored)
     generated, labels, meta = open_folder(tmp_path / "out/generative-1+taught-0/task1/generated")

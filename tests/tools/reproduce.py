@@ -278,12 +278,14 @@ def main(argv):
     add("random", False, "measure random features, too, in two minutes each")
     add("out", None, "folder; None = out/reproduce/CLAIM-DATA")
     args = parser.parse_args(argv)
-    open_folder(args.data)  # a mistake is told at once
     if args.start:
         check("diffusion" in CLAIMS[args.claim] and Path(args.start).is_file(),
               f"--start {args.start}: expected a checkpoint, for the claim consistency")
     args.out = Path(args.out or f"out/reproduce/{args.claim}-{Path(args.data).name}").resolve()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.data == "data/faces" and not Path(args.data).exists():
+        call("prepare_data.py", log=args.out / "output.txt")  # makes them
+    open_folder(args.data)  # a mistake is told at once
     settings = {name: getattr(args, name) for name in ("claim", "patch_size", "batch_size", "each", "num", "random")}
     for name in ("data", "other", "start"):
         settings[name] = Path(getattr(args, name) or "none").name
