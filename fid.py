@@ -57,8 +57,8 @@ class Conv(nn.Module):
 
 class Mixed(nn.Module):
     """Branches side by side, each a list of convolutions (channels out, kernel[, stride]), whose
-    names end in _1, _2, ... if there are several. Two in a list run in parallel, as a and b.
-    branch_pool begins with the pool."""
+    names end in _1, _2, ... if there are several. Two in a list run in parallel, as a and b, like
+    branch3x3_2a and branch3x3_2b. branch_pool begins with the pool."""
 
     def __init__(self, c_in, pool, **branches):
         super().__init__()
@@ -210,7 +210,7 @@ class Source:
     images: object = None  # numbers -> an iterator of images uint8 (H, W, C)
     mu: object = None  # statistics, from a file or when measured
     sigma: object = None
-    net: str = ""  # identity of the features
+    net: str = ""  # identity of the features, "KEY HASH" of load_features
     features: object = None  # (num, D), kept for KID and precision
 
 def open_source(path, args, temp_dir):
@@ -281,7 +281,7 @@ def measure(source, net, identity, args):
                 kept.append(y)
             y = F.pad(y.double(), (0, 1), value=1.0)
             moments += y.T @ y
-    num = moments[-1, -1]
+    num = moments[-1, -1]  # the last row and column come from the 1
     check(num > 1, f"{source.path} holds only one image")
     if source.mu is None:
         mean = moments[-1, :-1] / num

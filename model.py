@@ -79,6 +79,9 @@ def unpatchify(tokens, patch_size):
     x = x.permute(0, 1, 3, 2, 4, 5)  # (B, H/p, p, W/p, p, C)
     return x.reshape(b, side, side, -1)
 
+# A mask (grid, mask_ratio, block_size) -> K, and draw(batch, generator, rows) -> the visible
+# patches, int64 (number of rows, K), ascending. All draws are made for the whole batch, and only
+# those of `rows`, a slice of it, are worked out.
 def block_mask(grid, mask_ratio, block_size):
     """Hide int(ratio*N) // b^2 blocks of b x b patches on their grid (MaskDM sec. 3.2)."""
     b = block_size
@@ -118,9 +121,6 @@ def crop_mask(grid, mask_ratio, block_size):
 
     return side**2, draw
 
-# A mask (grid, mask_ratio, block_size) -> K, and draw(batch, generator, rows) -> the visible
-# patches, int64 (len(rows), K), ascending. All draws are made for the whole batch, and only those
-# of its `rows`, a slice, are worked out.
 MASKS = {"patch": patch_mask, "block": block_mask, "crop": crop_mask}
 
 def make_mask(mask_type, grid, mask_ratio, block_size=1):
@@ -480,6 +480,7 @@ def consistency_objective(model, batch, cfg, step):
     x_r = x_t + step_size.view(-1, 1, 1) * (x_t - endpoint)
     positive = r > 0
     with torch.no_grad():
+        # Where r = 0 the output is not used, and any positive level will do.
         f_r = model(x_r, torch.where(positive, r, t), visible, labels)
     target = torch.where(positive.view(-1, 1, 1), f_r, x_r)  # at r = 0 the output is x_r itself
     f_t = model(x_t, t, visible, labels)
@@ -636,8 +637,8 @@ def find_checkpoint(path):
 
 def load_what_fits(denoiser, weights):
     """Load weights by name where the shapes agree; returns the names of those that start afresh.
-    Of the label embedding the rows of `weights` come first, and its last row, "no class", is the
-    last; those between are classes that `weights` does not know."""
+    In the label embedding known classes keep their rows, "no class" stays the last row, and the
+    rows of new classes between them start afresh."""
     own = denoiser.state_dict()
     labels = "net.label_embed.weight"
     if labels in own and labels in weights and own[labels].shape[1] == weights[labels].shape[1]:

@@ -99,7 +99,7 @@ class Images:
             array, own_labels, meta = open_folder(folder, split)
             own_names = meta["class_names"] or []
             names += [name for name in own_names if name not in names]
-            united = [names.index(name) for name in own_names] + [-1]  # the last one is for -1
+            united = [names.index(name) for name in own_names] + [-1]  # label -1 is the last, -1
             labels += [united[label] for label in own_labels]
             self.arrays.append(array)
             metas.append(meta)
@@ -136,7 +136,7 @@ class Images:
 # ---- Sources: images that are not decoded yet.
 # names: of each image, for messages. load: number -> path of a file, or array (H, W, C).
 # classes: the class of each image, "" = none. class_names: their order, if the source has one.
-# num_val: so many at the end are validation images by their origin.
+# num_val: how many at the end the source itself holds out. The defaults are those of the last six.
 Source = namedtuple("Source", "names load classes class_names num_val size channels dtype",
                     defaults=(None, None, 0, 64, 3, "uint8"))
 
@@ -181,7 +181,8 @@ def list_files(root):
     return [path for path in sorted(paths) if not re.search(r"(^|/)(\.|@|__)", path)]
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-# trainA, test2017, val_64, testset and dev, but neither trains nor valley nor device
+# A split's name, then nothing, a capital letter, or anything that begins with no letter: trainA,
+# test2017, val_64, testset and dev, but neither trains nor valley nor device.
 LOOKS_LIKE_SPLIT = r"(?i:(train|val|valid|validation|test|dev)(ing|set)?)([A-Z]|[^a-zA-Z].*)?"
 
 def file_source(root, paths):
@@ -218,11 +219,11 @@ def file_source(root, paths):
         else:
             rows.append((split, image, name))
     say(f"left out: {dict(left_out) or 'nothing'}")
-    splits, names, classes = zip(*sorted(rows))  # train before val
-    # "" sorts first: an image without a class would be the smallest pair.
-    without, with_class = min(zip(classes, names)), max(zip(classes, names))
-    check(without[0] or not with_class[0], f"{with_class[1]} has a class, {without[1]} has none: "
-          "put all images into folders of classes, or none")
+    splits, names, classes = zip(*sorted(rows))  # "train" sorts before "val", as Source wants
+    # "" sorts first: classes are mixed only if the first image has none and the last has one.
+    first, last = min(zip(classes, names)), max(zip(classes, names))
+    check(first[0] or not last[0], f"{last[1]} has a class, {first[1]} has none: put all images "
+          "into folders of classes, or none")
     return Source(names, lambda i: f"{root}/{names[i]}", classes, num_val=splits.count("val"))
 
 def dataset_json(root, paths, images):
@@ -298,6 +299,7 @@ def idx_arrays(root, paths):
 class SafeUnpickler(pickle.Unpickler):
     """Unpickles arrays and nothing else, as other pickles can run any program."""
 
+    # The last one is numpy's _reconstruct, whose module is not the same in all versions.
     PARTS = (np.ndarray, np.dtype, codecs.encode, np.zeros(1).__reduce_ex__(2)[0])
 
     def find_class(self, module, name):
@@ -386,7 +388,7 @@ class Decoder:
         with ThreadPoolExecutor() as pool:
             while batch := list(islice(numbers, 64)):
                 for i, result in zip(batch, pool.map(attempt, batch)):
-                    if isinstance(result, str):
+                    if isinstance(result, str):  # why it failed
                         self.rejected.append((source.names[i], result))
                     else:
                         yield i, result
@@ -394,7 +396,7 @@ class Decoder:
         if self.grey_values and not self.grey_range:
             low, high = np.min(self.grey_values), np.max(self.grey_values)
             check(low >= 0 and 2**15 <= high < 2**16, f"grey images of more than 8 bits hold "
-                  f"{low:g} to {high:g}: name black and white, as prepare_data.py --range does")
+                  f"{low:g} to {high:g}: name black and white with prepare_data.py --range")
 
     def decode(self, item):
         """The path of a file, or an array -> pixels."""
@@ -456,7 +458,7 @@ def write_images(path, images, shape, dtype):
     """Write (number, image) pairs to an .npy file -> the numbers."""
     numbers = []
     with open(path, "wb") as file:
-        file.seek(128)  # the header is written last: it says how many there are
+        file.seek(128)  # past the header, which is written last: it says how many there are
         for i, image in images:
             file.write(image)
             numbers.append(i)
@@ -548,7 +550,7 @@ class Parser(argparse.ArgumentParser):
 
     def add(self, name, default, help, kind=None, low=0, high=math.inf, **how):
         """The setting --name of a kind: int, float, tuple (of integers), bool or text; by default
-        that of `default`. Help prints the default at the time when it is asked for."""
+        that of `default`. --help prints the current default, also after set_defaults."""
         if kind is None:
             kind = type(default)
         if kind is bool:
@@ -589,7 +591,7 @@ def main(argv=None):
         choices=(1, 3))
     add("range", None, "values of black and white in grey images of more than 8 bits", float,
         low=-math.inf, nargs=2)
-    add("val_frac", 0.05, "share of the images to hold out, if the source holds none out", high=1)
+    add("val_frac", 0.05, "share of images to hold out, unless the source has its own", high=1)
     add("num", None, "number of training images, as many of each class as possible", int, low=1)
     add("classes", None, "use only these classes, separated by commas")
     add("labels", None, "class numbers for an array: labels.npy, integers (N,)")
@@ -615,7 +617,7 @@ def main(argv=None):
         size = args.size or source.size
         channels = args.channels or source.channels
         check(source.dtype == "uint8" or (size, channels) == (source.size, source.channels),
-              f"latents keep their size {source.size}")
+              f"latents keep their size {source.size} and {source.channels} channels")
         val, train = choose(source, args.num, args.classes, args.val_frac, args.seed)
         decoder = Decoder(size, channels, args.range)
         new = Path(temp_dir, "new")
@@ -647,8 +649,9 @@ SHADOW = Image.radial_gradient("L").crop((96, 96, 256, 256)).point(lambda v: 0.4
 def make_face(index, size=64, seed=0):
     """Face `index`, uint8 (size,size,3); its class is FACE_CLASSES[index % 4]."""
     rng = np.random.default_rng([seed, index])
+    # In the order of COLOURS.
     skin, hair, cloth, wall, frame, iris = [rng.choice(row.split()) for row in COLOURS.values()]
-    turn, shift, smile, brow, part = rng.uniform(-0.1, 0.1, 5)
+    turn, shift, smile, brow, parting = rng.uniform(-0.1, 0.1, 5)
     label = index % 4
     canvas = 3 * size  # painted large and reduced at the end, for smooth edges
     unit = 0.27 * canvas  # half the width of a head
@@ -683,8 +686,8 @@ def make_face(index, size=64, seed=0):
         draw.ellipse(box(x + turn / 2 - 0.05, 0, 0.05, 0.05), "white")
         draw.arc(box(x, brow - 0.15, 0.26, 0.2), 210, 330, INK, line)
     draw.arc(box(turn, 0.42, 0.36, 0.22 + smile), 20, 160, "#b03c46", line)
-    face = [(2 * part, 0.45, 0.86, 1), (0, 1.25, 1.3, 1.1)]
-    paint(hair, (0, -0.18, 1.1, 1.12), openings=face)
+    hairline = [(2 * parting, 0.45, 0.86, 1), (0, 1.25, 1.3, 1.1)]
+    paint(hair, (0, -0.18, 1.1, 1.12), openings=hairline)
     if label % 2:
         for x in turn - 0.43, turn + 0.43:
             draw.ellipse(box(x, 0.06, 0.36, 0.34), None, frame, line)

@@ -28,10 +28,9 @@ from model import (
     replace_file, sampler_levels, unpatchify)
 from prepare_data import Parser, check, progress_bar, run_script, say, to_image
 
-# Set by torchrun: this process, all processes, this process on its machine.
+# Set by torchrun: this process, all processes.
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 def print0(text):
     if RANK == 0:
@@ -61,7 +60,7 @@ def heun(denoise, x, sigmas, draw, s_churn=0):
     the steps, as much as EDM does for ImageNet-64 (algorithm 2)."""
     gamma = min(s_churn / (len(sigmas) - 1), 2**0.5 - 1)
     for s, s_next in pairwise(sigmas):
-        if gamma > 0 and 0.05 <= s <= 50:
+        if gamma > 0 and 0.05 <= s <= 50:  # S_min, S_max, and below S_noise
             s_hat = s * (1 + gamma)
             x = x + (s_hat**2 - s**2) ** 0.5 * 1.003 * draw()
             s = s_hat
@@ -165,8 +164,8 @@ def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0
 # ---- Writers.
 def write_all(out, batches, num, batch_size, recipe, class_names):
     """Write images to an .npz, with labels in arr_1 if there are classes, or to a folder of PNGs.
-    Every process makes its share, in parts; those that an interrupted run of the same recipe left
-    are not made again. batches(numbers) generates images."""
+    Every process writes its share as part files, in a folder named by a hash of the recipe; parts
+    that an interrupted run left are used again. batches(numbers) generates images."""
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     folder = f"{out}.{digest[:8]}.parts"
     os.makedirs(folder, exist_ok=True)
@@ -200,11 +199,12 @@ def save_grid(path, images):
     """Write images uint8 (N, H, W, C) as one PNG."""
     num, height, width, channels = images.shape
     columns = math.ceil(num**0.5)
-    gap = max(1, width // 32)
+    gap = max(1, width // 32)  # above and to the left of every image
     white = partial(np.pad, constant_values=255)
     cells = white(images, ((0, -num % columns), (gap, 0), (gap, 0), (0, 0)))
     height += gap
     width += gap
+    # (rows, columns, height, width, C) -> (rows, height, columns, width, C)
     cells = cells.reshape(-1, columns, height, width, channels).swapaxes(1, 2)
     sheet = cells.reshape(-1, columns * width, channels)
     sheet = white(sheet, ((0, gap), (0, gap), (0, 0)))
@@ -218,9 +218,10 @@ def pick_device(name):
         name = "cuda" if gpus else "cpu"
     if name == "cpu":
         return torch.device("cpu")
-    check(LOCAL_RANK < gpus, f"this machine has {gpus} GPUs, fewer than processes: give torchrun a "
-          "smaller --nproc_per_node, or --device cpu")
-    return torch.device("cuda", LOCAL_RANK)
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    check(local_processes <= gpus, f"{local_processes} processes for the {gpus} GPUs of this "
+          "machine: give torchrun a smaller --nproc_per_node, or --device cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 def pick_dtype(name, device):
     """auto: bfloat16 where the processor multiplies faster in it, else float32."""

@@ -4,7 +4,6 @@ python train.py --mask_ratio=0.9                          # stage 1 -> out/pt.pt
 python train.py --init_from=out/pt.pt                     # stage 2 -> out/ft.pt
 python train.py --loss=consistency --init_from=out/ft.pt  # 1- or 2-step generator -> out/cm.pt
 python train.py --mask_ratio=0.9 --resume                 # continue stage 1 after an interruption
-python train.py --mask_ratio=0.9 --help                   # the settings of that command
 torchrun --nproc_per_node=8 train.py --mask_ratio=0.9     # the same run on 8 GPUs
 
 All stages are one loop. Every draw of step n is made for the global batch, by a generator seeded
@@ -41,11 +40,13 @@ from model import (
     load_what_fits, make_mask, normalised, objective, patchify, previous, save_checkpoint, sigma_of)
 from prepare_data import Images, Parser, check, on_stop_signals, progress_bar, run_script
 from sample import RANK, WORLD_SIZE, print0
-# Locks files; Windows has no such module.
-fcntl = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
+try:
+    import fcntl  # to lock a file
+except ImportError:  # on Windows
+    fcntl = None
 
-# ---- Presets: a network, and its recipes for the stages (pt: masked, ft: whole images, cm:
-# consistency tuning), in place of those in RECIPES. The defaults in `parse` are MaskDM's at 64 px.
+# ---- Presets: a network, and its recipes for the stages pt (masked), ft (whole images) and cm
+# (consistency), each in place of that of RECIPES. The defaults in `parse` are MaskDM's at 64 px.
 ECT = dict(  # arXiv 2406.14548, appendix, CIFAR-10; its networks have dropout, ours has none
     steps=200_000, init_weights="ema", label_dropout=0.0, dtype="float32", sample_every=5000,
     optimizer="radam", lr=1e-4, beta1=0.9, beta2=0.999, weight_decay=0.0, ema=0.9999,
@@ -61,7 +62,7 @@ def network(dim, depth, heads, patch_size, **more):
     """A preset: the network, its recipes and other settings."""
     return dict(dim=dim, depth=depth, heads=heads, patch_size=patch_size, **more)
 
-PRESETS = {
+PRESETS = {  # network(dim, depth, heads, patch_size)
     "demo": network(128, 6, 4, 4,  # two CPU cores, ten minutes for both stages
         pt=DEMO | dict(batch_size=48, steps=2300, lr=4e-3, lr_schedule="constant",
                        eval_every=500, save_every=500),
@@ -98,13 +99,13 @@ SCHEDULES = {  # factor of the learning rate; progress goes from 0 (after warm-u
 ADAMW = partial(torch.optim.AdamW, fused=True)
 OPTIMIZERS = {
     "adamw": ADAMW,
-    "muon": ADAMW,  # for all but the matrices of the blocks
+    "muon": ADAMW,  # and Muon for the matrices of the blocks: see configure_optimizers
     "radam": partial(torch.optim.RAdam, decoupled_weight_decay=True),
 }
 
 def parse(argv):
-    """-> settings, the checkpoint that the run continues or starts from (or None), and whether it
-    continues. With --help the settings that this very command would use are printed."""
+    """-> settings; the checkpoint to resume or to start from, or None; whether it is resumed.
+    --help prints the settings that the command with it would use."""
     parser = Parser(__doc__)
     add = parser.add
     add("data", "data/faces", "prepared set, or several with commas for their union")
@@ -120,15 +121,15 @@ def parse(argv):
     add("label_dropout", 0.1, "probability of replacing a label by the null class", high=1)
     add("hflip", False, "flip half of the images left-right")
     # Masks and losses.
-    add("mask_ratio", 0.0, "share of hidden patches; > 0 is stage 1", high=1)
+    add("mask_ratio", 0.0, "share of hidden patches; stage 1 hides some", high=1)
     add("mask_type", "block", "what is hidden; crop = all but one square", choices=MASKS)
     add("block_size", 2, "side of a hidden block in patches", low=1)
     add("loss", "diffusion", "objective", choices=OBJECTIVES)
     add("p_mean", P_MEAN, "mean of ln sigma", low=-math.inf)
     add("p_std", P_STD, "standard deviation of ln sigma")
     add("mae_weight", 0.1, "weight of the reconstruction of hidden patches by a decoder")
-    add("cm_stages", 4, "stages of consistency tuning; 1 - r/t falls to cm_q^-stages", low=1)
-    add("cm_q", 2.0, "factor by which 1 - r/t shrinks from stage to stage", low=1)
+    add("cm_stages", 4, "stages; each divides the gap 1 - r/t of a pair by cm_q", low=1)
+    add("cm_q", 2.0, "what the gap is divided by", low=1)
     add("cm_c", 0.0, "constant of the pseudo-Huber distance")
     add("cm_weight", "gap", "1/(t - r), or 1/t^2 + 1/sigma_data^2", choices=CONSISTENCY_WEIGHTS)
     add("ref_batch", 0, "images averaged for the target (SCT); 0 = none (ECT)")
@@ -145,7 +146,7 @@ def parse(argv):
     add("batch_size", 128, "images per step over all processes", low=1)
     add("micro_batch", 0, "images per forward pass; 0 = as many as fit")
     add("steps", 100_000, "optimizer steps of the whole run", low=1)
-    add("optimizer", "adamw", "muon has AdamW beside it", choices=OPTIMIZERS)
+    add("optimizer", "adamw", "muon trains the matrices, AdamW the rest", choices=OPTIMIZERS)
     add("lr", 2e-4, "learning rate")
     add("lr_schedule", "constant", "learning rate after warm-up", choices=SCHEDULES)
     add("warmup", 0, "steps of linear warm-up")
@@ -181,15 +182,15 @@ def parse(argv):
     # A default batch is one that the processes can share.
     local_batch = math.ceil(parser.get_default("batch_size") / WORLD_SIZE)
     parser.set_defaults(batch_size=local_batch * WORLD_SIZE)
-    architecture = preset
+    architecture = preset  # or that of the checkpoint, if there is one
     if checkpoint:
         architecture = checkpoint["architecture"]
         parser.set_defaults(class_cond=architecture["num_classes"] > 0)
-    shared = NETWORK_SETTINGS.keys() & architecture.keys()
-    parser.set_defaults(**{name: architecture[name] for name in shared})
+    inherited = NETWORK_SETTINGS.keys() & architecture.keys()
+    parser.set_defaults(**{name: architecture[name] for name in inherited})
     if resumed:
         parser.set_defaults(**checkpoint["config"])
-    parser.set_defaults(**vars(parser.parse_args(flags)))  # for --help
+    parser.set_defaults(**vars(parser.parse_args(flags)))  # what --help prints
     return parser.parse_args(argv), checkpoint, resumed
 
 def stage_of(cfg):
@@ -226,9 +227,9 @@ class Stream:
                   f"in a batch of {cfg.batch_size}, out of {num_old}")
         new_batch = cfg.batch_size - old_batch
         self.local_new = len(range(rank, new_batch, world_size))
-        # New and old images: how many per batch, how many there are, the number of the first.
+        # (images per batch, images in all, number of the first) of the new and of the old images.
         self.sources = [(new_batch, num_new, 0), (old_batch, num_old, num_new)]
-        # The mean over a batch is L_new + replay_coef * L_old.
+        # The mean of weight * loss over a batch is to be L_new + replay_coef * L_old.
         self.weight = torch.full((cfg.batch_size,), cfg.batch_size / max(new_batch, 1))
         self.weight[new_batch:] = cfg.replay_coef * cfg.batch_size / max(old_batch, 1)
         self.num_visible, self.draw_mask = config.grid**2, None
@@ -237,12 +238,12 @@ class Stream:
                 cfg.mask_type, config.grid, cfg.mask_ratio, cfg.block_size)
         if cfg.ref_batch > 1:
             check(cfg.mask_ratio == 0, "--ref_batch needs whole images: give --mask_ratio=0")
-            # The images of each class, new and old ones apart; without classes all are of one.
+            # A pool holds the images of one class (without classes: all), either new or old.
             labels = images.labels.tolist() if config.num_classes else [-1] * len(images)
-            self.kinds = [(label, i >= num_new) for i, label in enumerate(labels)]
-            self.of_kind = defaultdict(list)
-            for i, kind in enumerate(self.kinds):
-                self.of_kind[kind].append(i)
+            self.pool_of = [(label, i >= num_new) for i, label in enumerate(labels)]
+            self.pools = defaultdict(list)
+            for i, pool in enumerate(self.pool_of):
+                self.pools[pool].append(i)
 
     def index(self, step):
         """Image numbers of the global batch, (batch_size,)."""
@@ -266,16 +267,16 @@ class Stream:
         dropped = torch.rand(n, generator=g) < cfg.label_dropout
         index = self.index(step)[rows]
         batch = dict(sigma=sigma[rows], weight=self.weight[rows])
-        seen = None  # the patches to read
+        to_read = None  # all; with a decoder or a route the network takes hidden patches, too
         if self.draw_mask:
             batch["visible"] = self.draw_mask(n, g, rows)
             if not self.config.takes_all:
-                seen = batch["visible"].numpy()
+                to_read = batch["visible"].numpy()
         if self.config.num_classes:
             labels = torch.from_numpy(self.images.labels[index])
             batch["labels"] = labels.masked_fill(dropped[rows], -1)
         batch = {name: self.move(tensor) for name, tensor in batch.items()}
-        batch["clean"] = self.read(index, seen, flip)
+        batch["clean"] = self.read(index, to_read, flip)
         g = sample.seeded(cfg.seed, 2, step, device=self.device)
         noise = torch.randn(n, *batch["clean"].shape[1:], generator=g, device=self.device)
         batch["noise"] = noise[rows].contiguous()
@@ -298,9 +299,9 @@ class Stream:
         n = self.cfg.ref_batch - 1  # an image is itself the first of its references
         g = sample.seeded(self.cfg.seed, 5, step)
         uniform = torch.rand(n, generator=g, dtype=torch.float64).tolist()
-        # Each image of the batch in its turn decides from which class the next ones are drawn.
+        # n draws, shared out evenly over the batch, each from the pool of its image.
         batch_index = self.index(step)[np.arange(n) * self.cfg.batch_size // n]
-        pools = [self.of_kind[self.kinds[i]] for i in batch_index]
+        pools = [self.pools[self.pool_of[i]] for i in batch_index]
         index = np.array([pool[int(u * len(pool))] for pool, u in zip(pools, uniform)])
         labels = torch.from_numpy(self.images.labels[index])
         images = self.read(index, None, self.draw_flips(n, g))
@@ -336,7 +337,7 @@ def learning_rate(cfg, step, peak):
     return peak * warmup * SCHEDULES[cfg.lr_schedule](step, progress)
 
 def configure_optimizers(denoiser, cfg):
-    """A list of optimizers, of parameters with their names."""
+    """A list of optimizers, each built from (name, parameter) pairs."""
     named = list(denoiser.named_parameters())
     blocks = []
     if cfg.optimizer == "muon":
@@ -372,7 +373,7 @@ def setup(cfg):
 
 def wrap(cfg, denoiser, ema, device):
     """The network to call in training: its gradients are averaged over the processes. A fork that
-    shards the weights does it here, to both networks, before the optimizers are built."""
+    shards the weights does it here, also to `ema`, before the optimizers are built."""
     if cfg.compile and device.type == "cuda" and importlib.util.find_spec("triton"):
         denoiser.compile(dynamic=False)
     if WORLD_SIZE == 1:
@@ -380,7 +381,7 @@ def wrap(cfg, denoiser, ema, device):
     return DDP(denoiser, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
 def sync_gradients(model, now):
-    """Whether the next backward pass averages the gradients."""
+    """Let the next backward pass average the gradients over the processes, or not."""
     model.require_backward_grad_sync = now
 
 def sum_over_processes(tensor):
@@ -394,14 +395,14 @@ def gather_state(denoiser, ema, optimizers):
     states = [optimizer.state_dict() for optimizer in optimizers]
     return dict(model=denoiser.state_dict(), ema=ema.state_dict(), optimizer=states)
 
-def group_names(states):
+def group_layout(states):  # "initial_lr" is there only after the first step
     return [[(group["param_names"], group.keys() - {"initial_lr"})
              for group in state["param_groups"]] for state in states]
 
 def restore_optimizers(optimizers, stored):
     """Give each optimizer the state of a checkpoint; rates and betas are those of this command."""
     states = [optimizer.state_dict() for optimizer in optimizers]
-    check(group_names(states) == group_names(stored),
+    check(group_layout(states) == group_layout(stored),
           "the run to resume had another optimizer: give --init_from instead")
     for optimizer, state, saved in zip(optimizers, states, stored):
         optimizer.load_state_dict(state | dict(state=deepcopy(saved["state"])))
@@ -458,19 +459,19 @@ def load_teacher(cfg, config, names, device):
         "image_size", "channels", "patch_size", "latent", "consistency", "takes_all"))
     same_classes = known == names[: len(known)] and len(known) <= config.num_classes
     check(same and same_classes and cfg.replay and cfg.loss == "diffusion",
-          f"--distill_from={cfg.distill_from}: it needs --replay and a like model, images, classes")
+          f"--distill_from={cfg.distill_from} needs --replay, --loss=diffusion, same images, classes")
     return teacher
 
 def weight_penalties(cfg, config, names, device, autocast):
-    """{name: (p0, c)} for a penalty 1/2 c (p - p0)^2: p0 the weights of init_from, zero for unknown
-    classes, c = l2 + ewc times their Fisher information, the same when a run is resumed."""
+    """{name: (p0, c)} for a penalty 1/2 c (p - p0)^2, which pulls a weight to p0, its value in
+    init_from, or to zero for classes that are new; c = l2 + ewc * Fisher information."""
     check(cfg.init_from, "--l2 and --ewc need --init_from, whose weights they hold on to")
     stored = load_checkpoint(cfg.init_from)
     anchor = Denoiser(config).to(device)
     for p in anchor.parameters():
         p.data.zero_()
     fresh = load_what_fits(anchor, stored[sample.WEIGHTS[cfg.init_weights]])
-    check(not fresh, f"--l2 and --ewc: {cfg.init_from} has no such weights as {fresh}")
+    check(not fresh, f"--l2 and --ewc: {cfg.init_from} lacks the weights {fresh}")
     fisher = defaultdict(float)
     if cfg.ewc:
         folders = cfg.ewc_data or stored["config"].get("data")
@@ -486,7 +487,7 @@ def weight_penalties(cfg, config, names, device, autocast):
             for name, p in anchor.named_parameters()}
 
 def start_loader(stream, step, device):
-    """A thread that loads batches during the steps; and the first one, which it has loaded."""
+    """A thread that loads batches during the steps, and the future of the first batch."""
     threads = torch.get_num_threads()
     loader = ThreadPoolExecutor(1)
     loader.submit(torch.set_num_threads, 1)  # more threads than cores make OpenMP sleep
@@ -494,7 +495,7 @@ def start_loader(stream, step, device):
         loader.submit(torch.cuda.set_device, device)  # or the new thread takes the first GPU
     pending = loader.submit(stream.load, step)
     pending.result()
-    torch.set_num_threads(threads)  # which the first work of the loader has set for all threads
+    torch.set_num_threads(threads)  # the loader's first job has lowered it here, too
     return loader, pending
 
 # ---- Parts of a step.
@@ -522,7 +523,7 @@ def accumulate_gradients(model, teacher, batch, cfg, step, micro_batch, local_ne
 
 @torch.no_grad()
 def update_ema(ema, denoiser, cfg, step):
-    """Average the weights, with a warm-up unless a trained model is tuned by ECT or MaskDiT."""
+    """Average the weights; at first over few steps, but not where ECT or MaskDiT tune a model."""
     decay = cfg.ema
     tuning = cfg.loss == "consistency" or cfg.decoder_depth > 0
     if not (cfg.init_from and tuning):
@@ -567,14 +568,14 @@ def due(step, every):  # 0 = never
 MAX_BAD_STEPS = 10  # in a row
 
 def main(argv):
-    check("RANK" in os.environ or os.environ.get("SLURM_NTASKS", "1") == "1", "srun starts runs "
-          "that know nothing of each other: let it start torchrun --nproc_per_node=GPUS train.py")
+    check("RANK" in os.environ or os.environ.get("SLURM_NTASKS", "1") == "1", "srun would start "
+          "independent copies: use srun torchrun --nproc_per_node=GPUS train.py, one task a node")
     cfg, checkpoint, resumed = parse(argv)
     path = out_path(cfg, ".pt")
-    sources = [os.path.realpath(file) for file in (cfg.init_from, cfg.distill_from) if file]
-    for file in (path, previous(path)):
-        check(os.path.realpath(file) not in sources, f"the run would replace {file}, from which it "
-              "starts: give another --out_dir")
+    inputs = [os.path.realpath(file) for file in (cfg.init_from, cfg.distill_from) if file]
+    for file in (path, previous(path)):  # what a save replaces
+        check(os.path.realpath(file) not in inputs, f"this run reads {file} and would replace it: "
+              "give another --out_dir")
         check(resumed or cfg.force or not os.path.exists(file), f"{file} is of an earlier run: "
               "continue it with --resume, give another --out_dir, or replace it with --force")
     os.makedirs(cfg.out_dir, exist_ok=True)
@@ -593,7 +594,6 @@ def train(cfg, checkpoint, resumed, log):
     if resumed:
         restore_optimizers(optimizers, checkpoint["optimizer"])
         step = checkpoint["step"]
-    del checkpoint  # frees its tensors
     teacher = load_teacher(cfg, config, names, device) if cfg.distill_from else None
     penalized = cfg.l2 or cfg.ewc
     penalties = weight_penalties(cfg, config, names, device, autocast) if penalized else {}
@@ -638,11 +638,11 @@ def train(cfg, checkpoint, resumed, log):
             check(False, f"out of memory: give a --micro_batch below {micro_batch}")
         norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
         # What all processes must agree on, in one sum: the losses, and whether any is to stop.
-        asked_to_stop = torch.full_like(norm, len(received))
-        shared = sum_over_processes(torch.stack([*losses.values(), asked_to_stop]))
-        # This copy is the only wait for a GPU.
-        *sums, num_asked, grad_norm = torch.cat([shared, norm[None]]).tolist()
-        stopping = num_asked > 0
+        num_signals = torch.full_like(norm, len(received))
+        totals = sum_over_processes(torch.stack([*losses.values(), num_signals]))
+        # The norm is the same everywhere. This copy is the only wait for a GPU.
+        *sums, num_signals, grad_norm = torch.cat([totals, norm[None]]).tolist()
+        stopping = num_signals > 0
         mean_losses = {name: value / WORLD_SIZE for name, value in zip(losses, sums)}
         loss = sum(mean_losses.values())
         if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -655,8 +655,8 @@ def train(cfg, checkpoint, resumed, log):
             bad_steps = 0
         else:
             bad_steps += 1
-            images = stream.index(step).tolist()
-            log(step, event="skipped", loss=str(loss), grad_norm=str(grad_norm), index=images)
+            log(step, event="skipped", loss=str(loss), grad_norm=str(grad_norm),
+                index=stream.index(step).tolist())
             print0(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}")
         denoiser.zero_grad()
         step += 1
@@ -676,7 +676,7 @@ def train(cfg, checkpoint, resumed, log):
             batches = list(sample.generate(ema, range(16), seed=cfg.seed))
             if RANK == 0:
                 sample.save_grid(out_path(cfg, f"_{step:07d}.png"), np.concatenate(batches))
-        ending = stopping or step == cfg.steps
+        ending = stopping or step == cfg.steps  # then the last good weights are saved
         if ending and bad_steps < MAX_BAD_STEPS:
             save(path)
         elif bad_steps == 0 and due(step, cfg.save_every):
@@ -685,13 +685,13 @@ def train(cfg, checkpoint, resumed, log):
             save(out_path(cfg, f"-{step:07d}.pt"))
 
     bar.close()
-    loader.shutdown(cancel_futures=True)
+    loader.shutdown()
     del model  # DDP holds on to the process group
     leave()
     if bad_steps == MAX_BAD_STEPS:
-        print0("too many steps were not finite: start anew with --init_from and a lower --lr")
+        print0("ten steps in a row were not finite: start a new run with --init_from, a lower --lr")
         sys.exit(3)
-    if stopping:
+    if step < cfg.steps:
         print0(f"stopped after step {step}: continue with --resume")
         sys.exit(128 + (received or [signal.SIGTERM])[0])
     print0(f"{path} is at step {step}")

@@ -26,7 +26,6 @@ MAKERS = {
     "table": lambda r: reproduce.table(r["results"]),
     "ratios": lambda r: reproduce.time_ratios(r["results"]),
     "forgetting": lambda r: continual.table(r["results"], r["tasks"]),
-    "levels": lambda r: continual.change_by_level(r["results"], r["first"]),
     "agreement": lambda r: label_agreement.table(r["results"]),
     "judge": lambda r: judge.table(r["results"]),
     "speed": lambda r: bench.summary(r["results"]),

@@ -1177,14 +1177,16 @@ def test_a_mistake_has_exit_code_1_and_no_traceback_and_a_bug_has_one(tmp_path):
 
 def test_more_processes_than_gpus_get_a_sentence(monkeypatch):
     have_gpus(monkeypatch, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for local_rank in 0, 1:
-        monkeypatch.setattr(sample, "LOCAL_RANK", local_rank)
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         assert sample.pick_device("auto") == sample.pick_device("cuda") == torch.device("cuda", local_rank)
-    monkeypatch.setattr(sample, "LOCAL_RANK", 2)
-    assert "2 GPUs" in mistake(lambda _: sample.pick_device("auto"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # told by all of them, of which the first one prints it
+    for local_rank in 0, 1, 2:
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        assert "3 processes for the 2 GPUs" in mistake(lambda _: sample.pick_device("auto"))
     assert sample.pick_device("cpu") == CPU
     have_gpus(monkeypatch, 0)
-    monkeypatch.setattr(sample, "LOCAL_RANK", 0)
     assert sample.pick_device("auto") == CPU
     assert "0 GPUs" in mistake(lambda _: sample.pick_device("cuda"))
 
