@@ -459,7 +459,7 @@ def load_teacher(cfg, config, names, device):
         "image_size", "channels", "patch_size", "latent", "consistency", "takes_all"))
     same_classes = known == names[: len(known)] and len(known) <= config.num_classes
     check(same and same_classes and cfg.replay and cfg.loss == "diffusion",
-          f"--distill_from={cfg.distill_from} needs --replay, --loss=diffusion, same images, classes")
+          f"--distill_from={cfg.distill_from} needs --replay, --loss=diffusion and equal classes")
     return teacher
 
 def weight_penalties(cfg, config, names, device, autocast):
