@@ -67,7 +67,7 @@ class Mixed(nn.Module):
         for name, convs in branches.items():
             c = c_in
             steps = []
-            for i, conv in enumerate(convs, start=1):
+            for i, conv in enumerate(convs, 1):
                 key = f"{name}_{i}" if len(convs) > 1 else name
                 parallel = {key: conv}
                 if isinstance(conv, list):

@@ -150,7 +150,8 @@ def open_source(src, temp_dir, labels=None):
         root = src
         if os.path.isfile(src):  # .zip, .tar, .tar.gz and others
             root = mkdtemp(dir=temp_dir)
-            tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # only into root
+            if tarfile.is_tarfile(src):  # nothing is unpacked outside root (Python 3.11.4 or newer)
+                tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
             shutil.unpack_archive(src, root)
         paths = list_files(root)
         if {"meta.json", "train.npy", "val.npy"} <= set(paths):
@@ -518,8 +519,7 @@ def class_order(source, train):
 
 # ---- The command line. The other scripts use its parts.
 # SIGUSR1 is what `#SBATCH --signal=USR1@120` sends before the time is up.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-                if hasattr(signal, name)]
+STOP_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
 
 def on_stop_signals(handler):
     """Call handler(number, frame) on a signal to stop. What nohup ignores stays ignored."""
