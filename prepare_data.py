@@ -334,7 +334,7 @@ def array_source(images, labels=None, val_images=(), val_labels=(), class_names=
     items = [np.atleast_3d(item) for item in items]  # (H,W,C), views: nothing is read yet
     height, width, channels = items[0].shape
     dtype = items[0].dtype
-    is_image = dtype == np.uint8 and channels in (1, 3, 4) and np.ndim(images) > 2
+    is_image = dtype == np.uint8 and channels in (1, 3, 4) and min(height, width) > 1
     is_latent = dtype.kind == "f" and height == width
     check(is_image or is_latent, f"it holds {dtype} {np.shape(images)}, expected uint8 (N,H,W,C), "
           "or float (N,C,S,S) for latents")
