@@ -567,21 +567,6 @@ def due(step, every):  # 0 = never
 # ---- The run.
 MAX_BAD_STEPS = 10  # in a row
 
-def main(argv):
-    check("RANK" in os.environ or os.environ.get("SLURM_NTASKS", "1") == "1", "srun would start "
-          "independent copies: use srun torchrun --nproc_per_node=GPUS train.py, one task a node")
-    cfg, checkpoint, resumed = parse(argv)
-    path = out_path(cfg, ".pt")
-    inputs = [os.path.realpath(file) for file in (cfg.init_from, cfg.distill_from) if file]
-    for file in (path, previous(path)):  # what a save replaces
-        check(os.path.realpath(file) not in inputs, f"this run reads {file} and would replace it: "
-              "give another --out_dir")
-        check(resumed or cfg.force or not os.path.exists(file), f"{file} is of an earlier run: "
-              "continue it with --resume, give another --out_dir, or replace it with --force")
-    os.makedirs(cfg.out_dir, exist_ok=True)
-    with open_log(cfg) as log:
-        train(cfg, checkpoint, resumed, log)
-
 def train(cfg, checkpoint, resumed, log):
     path = out_path(cfg, ".pt")
     device, autocast = setup(cfg)
@@ -695,6 +680,21 @@ def train(cfg, checkpoint, resumed, log):
         print0(f"stopped after step {step}: continue with --resume")
         sys.exit(128 + (received or [signal.SIGTERM])[0])
     print0(f"{path} is at step {step}")
+
+def main(argv):
+    check("RANK" in os.environ or os.environ.get("SLURM_NTASKS", "1") == "1", "srun would start "
+          "independent copies: use srun torchrun --nproc_per_node=GPUS train.py, one task a node")
+    cfg, checkpoint, resumed = parse(argv)
+    path = out_path(cfg, ".pt")
+    inputs = [os.path.realpath(file) for file in (cfg.init_from, cfg.distill_from) if file]
+    for file in (path, previous(path)):  # what a save replaces
+        check(os.path.realpath(file) not in inputs, f"this run reads {file} and would replace it: "
+              "give another --out_dir")
+        check(resumed or cfg.force or not os.path.exists(file), f"{file} is of an earlier run: "
+              "continue it with --resume, give another --out_dir, or replace it with --force")
+    os.makedirs(cfg.out_dir, exist_ok=True)
+    with open_log(cfg) as log:
+        train(cfg, checkpoint, resumed, log)
 
 if __name__ == "__main__":
     run_script(main)
