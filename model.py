@@ -79,9 +79,8 @@ def unpatchify(tokens, patch_size):
     x = x.permute(0, 1, 3, 2, 4, 5)  # (B, H/p, p, W/p, p, C)
     return x.reshape(b, side, side, -1)
 
-# A mask (grid, mask_ratio, block_size) -> K, and draw(batch, generator, rows) -> the visible
-# patches, int64 (number of rows, K), ascending. All draws are made for the whole batch, and only
-# those of `rows`, a slice of it, are worked out.
+# A mask (grid, mask_ratio, block_size) -> K, and draw(batch, generator, rows) -> visible patches,
+# int64 (number of rows, K), ascending, of `rows`, a slice of the batch for which all is drawn.
 def block_mask(grid, mask_ratio, block_size):
     """Hide int(ratio*N) // b^2 blocks of b x b patches on their grid (MaskDM sec. 3.2)."""
     b = block_size

@@ -99,7 +99,7 @@ class Images:
             array, own_labels, meta = open_folder(folder, split)
             own_names = meta["class_names"] or []
             names += [name for name in own_names if name not in names]
-            united = [names.index(name) for name in own_names] + [-1]  # label -1 is the last, -1
+            united = [names.index(name) for name in own_names] + [-1]  # united[-1] is -1, no class
             labels += [united[label] for label in own_labels]
             self.arrays.append(array)
             metas.append(meta)
@@ -128,6 +128,7 @@ class Images:
         for array in self.arrays:
             patches = array.reshape(-1, grid, p, grid, p, c)  # a view: nothing is read yet
             own = (start <= index) & (index < start + len(array))
+            # numpy puts the indexed axes first: (own, K, p, p, c)
             out[own] = patches[index[own, None] - start, row[own], :, col[own]]
             start += len(array)
         out[flip] = out[flip][:, :, :, ::-1]  # the pixels inside each patch, too
@@ -136,7 +137,7 @@ class Images:
 # ---- Sources: images that are not decoded yet.
 # names: of each image, for messages. load: number -> path of a file, or array (H, W, C).
 # classes: the class of each image, "" = none. class_names: their order, if the source has one.
-# num_val: how many at the end the source itself holds out. The defaults are those of the last six.
+# num_val: how many at the end the source itself holds out. Defaults begin at `classes`.
 Source = namedtuple("Source", "names load classes class_names num_val size channels dtype",
                     defaults=(None, None, 0, 64, 3, "uint8"))
 
@@ -311,7 +312,8 @@ def cifar_arrays(root, paths):
     arrays = {}
     for path in paths:
         path = f"{root}/{path}"
-        if not re.search(r"/(data_batch_\d|test_batch|batches.meta|cifar-100-python/\w+)$", path):
+        if not re.search(
+                r"(^|/)(data_batch_\d|test_batch|batches.meta|cifar-100-python/+\w+)$", path):
             continue
         with open(path, "rb") as file:
             content = SafeUnpickler(file, encoding="latin1").load()
@@ -393,7 +395,7 @@ class Decoder:
                         self.rejected.append((source.names[i], result))
                     else:
                         yield i, result
-        # Scaled by 65535, 12 bits stored in 16 would come out black: better to ask than to guess.
+        # 65535 is white only if half of it is reached: 12 bits in 16 would come out black. So ask.
         if self.grey_values and not self.grey_range:
             low, high = np.min(self.grey_values), np.max(self.grey_values)
             check(low >= 0 and 2**15 <= high < 2**16, f"grey images of more than 8 bits hold "
@@ -453,7 +455,7 @@ def choose(source, num=None, classes=None, val_frac=0.05, seed=0):
     train = [i for i in order if i not in held_out]
     if num:
         train = sorted(train, key=lambda i: (rank[i], names[i]))[:num]
-    return val or train, train  # a single image is both
+    return val or train, train  # (val or train), train: a single image is both
 
 def write_images(path, images, shape, dtype):
     """Write (number, image) pairs to an .npy file -> the numbers."""
@@ -572,7 +574,7 @@ def run_script(main):
     except (ValueError, OSError) as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].name
         if isinstance(error, ValueError) and raised_in != "check":
-            raise  # a bug, of ours or of a library: show where
+            raise  # not a user's mistake but a bug, of ours or of a library: show where
         if os.environ.get("LOCAL_RANK", "0") == "0":
             say(str(error))
         sys.exit(1)
@@ -612,7 +614,7 @@ def main(argv=None):
     with TemporaryDirectory(".tmp", dir=parent) as temp_dir:
         source = Source(range(NUM_FACES), partial(make_face, size=args.size or 64, seed=args.seed),
                         FACE_CLASSES * (NUM_FACES // 4), FACE_CLASSES)
-        if args.src:
+        if args.src:  # no face has been painted yet
             source = open_source(args.src, temp_dir, args.labels)
         size = args.size or source.size
         channels = args.channels or source.channels
@@ -626,7 +628,7 @@ def main(argv=None):
         meta["preprocessing"] = vars(args)
         Path(new, "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         if os.path.exists(out):
-            os.rename(out, f"{temp_dir}.old")
+            os.rename(out, f"{temp_dir}.old")  # not inside, where cleaning up would delete it
         os.rename(new, out)
         shutil.rmtree(f"{temp_dir}.old", ignore_errors=True)
     say(f"{out}: {meta['num_train']} images, {meta['num_val']} held out, {meta['rejected']} "
@@ -635,7 +637,7 @@ def main(argv=None):
 # ---- The built-in data: faces, painted with ovals.
 NUM_FACES = 12_000
 FACE_CLASSES = ["short_hair", "short_hair_glasses", "long_hair", "long_hair_glasses"]
-COLOURS = {
+COLOURS = {  # make_face draws one of each, in this order
     "skin": "#ffe0c8 #f7cba8 #e9b088 #cf9062 #a96c44 #7f4d32",
     "hair": "#2a1f1c #4a2f20 #7a4a2a #a86c35 #d9a850 #eccb80 #b5502c #8e9099 #ddd8d2",
     "cloth": "#e4572e #2e86ab #f2b134 #3d9970 #7b5ea7 #e87ea1 #58b5b0 #364152",
@@ -649,7 +651,6 @@ SHADOW = Image.radial_gradient("L").crop((96, 96, 256, 256)).point(lambda v: 0.4
 def make_face(index, size=64, seed=0):
     """Face `index`, uint8 (size,size,3); its class is FACE_CLASSES[index % 4]."""
     rng = np.random.default_rng([seed, index])
-    # In the order of COLOURS.
     skin, hair, cloth, wall, frame, iris = [rng.choice(row.split()) for row in COLOURS.values()]
     turn, shift, smile, brow, parting = rng.uniform(-0.1, 0.1, 5)
     label = index % 4

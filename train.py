@@ -169,10 +169,10 @@ def parse(argv):
     flags = [flag for flag in argv if flag not in ("-h", "--help")]
     cfg = parser.parse_args(flags)
     checkpoint = find_checkpoint(out_path(cfg, ".pt")) if cfg.resume else None
-    resumed = checkpoint is not None
+    resumed = checkpoint is not None  # the flags given here name the stage
     if cfg.init_from and not resumed:
         checkpoint = load_checkpoint(cfg.init_from)
-    # The preset of a new run is the only default that depends on the machine.
+    # The preset: the checkpoint's, else by device. Only batch_size, below, depends on more.
     if checkpoint:
         parser.set_defaults(preset=checkpoint["config"].get("preset", "demo"))
     elif sample.pick_device(cfg.device).type == "cuda":
@@ -190,7 +190,7 @@ def parse(argv):
     parser.set_defaults(**{name: architecture[name] for name in inherited})
     if resumed:
         parser.set_defaults(**checkpoint["config"])
-    parser.set_defaults(**vars(parser.parse_args(flags)))  # what --help prints
+    parser.set_defaults(**vars(parser.parse_args(flags)))  # so that --help prints final values
     return parser.parse_args(argv), checkpoint, resumed
 
 def stage_of(cfg):
@@ -299,7 +299,7 @@ class Stream:
         n = self.cfg.ref_batch - 1  # an image is itself the first of its references
         g = sample.seeded(self.cfg.seed, 5, step)
         uniform = torch.rand(n, generator=g, dtype=torch.float64).tolist()
-        # n draws, shared out evenly over the batch, each from the pool of its image.
+        # Draw j is from the pool of image floor(j * batch_size / n) of the batch.
         batch_index = self.index(step)[np.arange(n) * self.cfg.batch_size // n]
         pools = [self.pools[self.pool_of[i]] for i in batch_index]
         index = np.array([pool[int(u * len(pool))] for pool, u in zip(pools, uniform)])
@@ -404,8 +404,8 @@ def restore_optimizers(optimizers, stored):
     states = [optimizer.state_dict() for optimizer in optimizers]
     check(group_layout(states) == group_layout(stored),
           "the run to resume had another optimizer: give --init_from instead")
-    for optimizer, state, saved in zip(optimizers, states, stored):
-        optimizer.load_state_dict(state | dict(state=deepcopy(saved["state"])))
+    for optimizer, current, saved in zip(optimizers, states, stored):  # its groups, their moments
+        optimizer.load_state_dict(current | dict(state=deepcopy(saved["state"])))
 
 def save_on_rank0(path, checkpoint):
     """Replace the file as a whole; the one before stays as NAME.prev.pt."""
@@ -512,7 +512,7 @@ def accumulate_gradients(model, teacher, batch, cfg, step, micro_batch, local_ne
     for start in range(0, local_batch, micro_batch):
         chunk = slice_batch(batch, start, micro_batch)
         if teacher:
-            chunk["target"] = distill_targets(teacher, chunk, local_new - start)
+            chunk["target"] = distill_targets(teacher, chunk, local_new - start)  # clamped there
         sync_gradients(model, start + micro_batch == local_batch)  # only the last time
         losses = objective(model, chunk, cfg, step)
         total = (chunk["weight"] * sum(losses.values())).mean()
@@ -532,7 +532,7 @@ def update_ema(ema, denoiser, cfg, step):
 
 @torch.no_grad()
 def evaluate(ema, validation, cfg, eval_batch):
-    """Mean loss of the averaged weights."""
+    """Mean loss of the averaged weights (consistency: with the gap of the last stage)."""
     losses = []
     for start in range(0, len(validation["clean"]), eval_batch):
         chunk = slice_batch(validation, start, eval_batch)
@@ -582,7 +582,7 @@ def train(cfg, checkpoint, resumed, log):
     teacher = load_teacher(cfg, config, names, device) if cfg.distill_from else None
     penalized = cfg.l2 or cfg.ewc
     penalties = weight_penalties(cfg, config, names, device, autocast) if penalized else {}
-    stream = Stream(images, len(Images(cfg.data)), cfg, config, device)
+    stream = Stream(images, len(Images(cfg.data)), cfg, config, device)  # old ones come after
     num_tokens = config.grid**2 if config.takes_all else stream.num_visible
     local_batch = max(1, cfg.batch_size // WORLD_SIZE)
     micro_batch = cfg.micro_batch or sample.images_per_pass(local_batch, num_tokens, config, device)

@@ -169,7 +169,7 @@ def test_cifar_archive_keeps_its_own_test_batch(tmp_path):
     assert {image.tobytes(): label for image, label in zip(train, labels)} == expected
 
 
-def test_cifar_100_has_fine_classes_and_its_test_file_is_held_out(tmp_path):
+def test_cifar_100_has_fine_classes_and_its_test_file_is_held_out(tmp_path, monkeypatch):
     files = {"meta": pickle.dumps({"fine_label_names": [f"c{i}" for i in range(100)]}, 2)}
     pixels = {}
     for split, n in ("train", 100), ("test", 50):
@@ -181,6 +181,11 @@ def test_cifar_100_has_fine_classes_and_its_test_file_is_held_out(tmp_path):
     assert meta["class_names"] == [f"c{i}" for i in range(100)] and (len(x), len(x_val)) == (100, 50)
     for images, labels, split in (x, y, "train"), (x_val, y_val, "test"):
         assert np.array_equal(images, pixels[split].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)[labels])
+    # Unpacked by hand and named in several ways it is the same.
+    tree(tmp_path / "cifar-100-python", files)
+    monkeypatch.chdir(tmp_path)
+    for src in "cifar-100-python", "cifar-100-python/", f"{tmp_path}/cifar-100-python":
+        assert np.array_equal(open_folder(prepare(src, tmp_path / "again", "--force"))[0], x)
 
 
 @pytest.mark.parametrize("name", ["test_batch", "data_batch_1", "my_data_batch_7"])
