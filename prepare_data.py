@@ -395,7 +395,7 @@ class Decoder:
                         self.rejected.append((source.names[i], result))
                     else:
                         yield i, result
-        # 65535 is white only if half of it is reached: 12 bits in 16 would come out black. So ask.
+        # Without --range 65535 is white. If no value reaches half of it, all would be near black.
         if self.grey_values and not self.grey_range:
             low, high = np.min(self.grey_values), np.max(self.grey_values)
             check(low >= 0 and 2**15 <= high < 2**16, f"grey images of more than 8 bits hold "
@@ -656,13 +656,13 @@ def make_face(index, size=64, seed=0):
     label = index % 4
     canvas = 3 * size  # painted large and reduced at the end, for smooth edges
     unit = 0.27 * canvas  # half the width of a head
-    line = round(0.09 * unit)  # its width
+    line = round(0.09 * unit)  # width of a drawn line
     image = Image.new("RGB", (canvas, canvas), wall)
     draw = ImageDraw.Draw(image, "RGBA")
     shadow = SHADOW.resize(image.size)
 
     def box(x, y, rx, ry):  # of an oval: its centre, and half its width and height
-        x, y = x + 1.85 + shift, y + 1.75
+        x, y = x + 1.85 + shift, y + 1.75  # 1.85 units from the left is the middle
         return [unit * v for v in (x - rx, y - ry, x + rx, y + ry)]
 
     def paint(colour, *ovals, openings=()):
@@ -687,12 +687,12 @@ def make_face(index, size=64, seed=0):
         draw.ellipse(box(x + turn / 2 - 0.05, 0, 0.05, 0.05), "white")
         draw.arc(box(x, brow - 0.15, 0.26, 0.2), 210, 330, INK, line)
     draw.arc(box(turn, 0.42, 0.36, 0.22 + smile), 20, 160, "#b03c46", line)
-    hairline = [(2 * parting, 0.45, 0.86, 1), (0, 1.25, 1.3, 1.1)]
-    paint(hair, (0, -0.18, 1.1, 1.12), openings=hairline)
+    cut_outs = [(2 * parting, 0.45, 0.86, 1), (0, 1.25, 1.3, 1.1)]
+    paint(hair, (0, -0.18, 1.1, 1.12), openings=cut_outs)
     if label % 2:
         for x in turn - 0.43, turn + 0.43:
             draw.ellipse(box(x, 0.06, 0.36, 0.34), None, frame, line)
-        draw.line(box(turn, 0.02, 0.1, 0), frame, line)
+        draw.line(box(turn, 0.02, 0.1, 0), frame, line)  # the bridge, from left to right
     return np.asarray(image.reduce(3))
 
 if __name__ == "__main__":

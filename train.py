@@ -168,11 +168,11 @@ def parse(argv):
 
     flags = [flag for flag in argv if flag not in ("-h", "--help")]
     cfg = parser.parse_args(flags)
-    checkpoint = find_checkpoint(out_path(cfg, ".pt")) if cfg.resume else None
-    resumed = checkpoint is not None  # the flags given here name the stage
+    checkpoint = find_checkpoint(out_path(cfg, ".pt")) if cfg.resume else None  # of this stage
+    resumed = checkpoint is not None
     if cfg.init_from and not resumed:
         checkpoint = load_checkpoint(cfg.init_from)
-    # The preset: the checkpoint's, else by device. Only batch_size, below, depends on more.
+    # The preset is the checkpoint's, else it goes by the device, as no other default does.
     if checkpoint:
         parser.set_defaults(preset=checkpoint["config"].get("preset", "demo"))
     elif sample.pick_device(cfg.device).type == "cuda":
@@ -366,7 +366,7 @@ def setup(cfg):
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    if WORLD_SIZE > 1:  # to save a large model can take longer than the usual ten minutes
+    if WORLD_SIZE > 1:  # an hour, because saving a large model can take more than ten minutes
         dist.init_process_group(device_id=device if cuda else None, timeout=timedelta(hours=1))
     dtype = sample.pick_dtype(cfg.dtype, device)
     return device, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -400,11 +400,11 @@ def group_layout(states):  # "initial_lr" is there only after the first step
              for group in state["param_groups"]] for state in states]
 
 def restore_optimizers(optimizers, stored):
-    """Give each optimizer the state of a checkpoint; rates and betas are those of this command."""
+    """Give each optimizer the saved moments; rates and betas remain those of this command."""
     states = [optimizer.state_dict() for optimizer in optimizers]
     check(group_layout(states) == group_layout(stored),
           "the run to resume had another optimizer: give --init_from instead")
-    for optimizer, current, saved in zip(optimizers, states, stored):  # its groups, their moments
+    for optimizer, current, saved in zip(optimizers, states, stored):
         optimizer.load_state_dict(current | dict(state=deepcopy(saved["state"])))
 
 def save_on_rank0(path, checkpoint):
@@ -494,7 +494,7 @@ def start_loader(stream, step, device):
     if device.type == "cuda":
         loader.submit(torch.cuda.set_device, device)  # or the new thread takes the first GPU
     pending = loader.submit(stream.load, step)
-    pending.result()
+    pending.result()  # by now the loader's set_num_threads(1) has run
     torch.set_num_threads(threads)  # the loader's first job has lowered it here, too
     return loader, pending
 
@@ -661,7 +661,7 @@ def train(cfg, checkpoint, resumed, log):
             batches = list(sample.generate(ema, range(16), seed=cfg.seed))
             if RANK == 0:
                 sample.save_grid(out_path(cfg, f"_{step:07d}.png"), np.concatenate(batches))
-        ending = stopping or step == cfg.steps  # then the last good weights are saved
+        ending = stopping or step == cfg.steps  # also after skipped steps, which changed nothing
         if ending and bad_steps < MAX_BAD_STEPS:
             save(path)
         elif bad_steps == 0 and due(step, cfg.save_every):
@@ -678,7 +678,7 @@ def train(cfg, checkpoint, resumed, log):
         sys.exit(3)
     if step < cfg.steps:
         print0(f"stopped after step {step}: continue with --resume")
-        sys.exit(128 + (received or [signal.SIGTERM])[0])
+        sys.exit(128 + (received or [signal.SIGTERM])[0])  # or another process received it
     print0(f"{path} is at step {step}")
 
 def main(argv):
