@@ -267,7 +267,7 @@ class Stream:
         dropped = torch.rand(n, generator=g) < cfg.label_dropout
         index = self.index(step)[rows]
         batch = dict(sigma=sigma[rows], weight=self.weight[rows])
-        to_read = None  # all; with a decoder or a route the network takes hidden patches, too
+        to_read = None  # all; with a decoder or --route the network takes hidden patches, too
         if self.draw_mask:
             batch["visible"] = self.draw_mask(n, g, rows)
             if not self.config.takes_all:
@@ -295,7 +295,7 @@ class Stream:
 
     def references(self, step):
         """The whole images over which a batch averages (SCT), and their labels. They follow the
-        classes of the batch: drawn from all, most images would have none of their own class."""
+        classes of the batch; if they came from all, most images would have none of their own."""
         n = self.cfg.ref_batch - 1  # an image is itself the first of its references
         g = sample.seeded(self.cfg.seed, 5, step)
         uniform = torch.rand(n, generator=g, dtype=torch.float64).tolist()
@@ -490,7 +490,7 @@ def start_loader(stream, step, device):
     """A thread that loads batches during the steps, and the future of the first batch."""
     threads = torch.get_num_threads()
     loader = ThreadPoolExecutor(1)
-    loader.submit(torch.set_num_threads, 1)  # more threads than cores make OpenMP sleep
+    loader.submit(torch.set_num_threads, 1)  # with more threads than cores each loop waits for one
     if device.type == "cuda":
         loader.submit(torch.cuda.set_device, device)  # or the new thread takes the first GPU
     pending = loader.submit(stream.load, step)
@@ -512,7 +512,7 @@ def accumulate_gradients(model, teacher, batch, cfg, step, micro_batch, local_ne
     for start in range(0, local_batch, micro_batch):
         chunk = slice_batch(batch, start, micro_batch)
         if teacher:
-            chunk["target"] = distill_targets(teacher, chunk, local_new - start)  # clamped there
+            chunk["target"] = distill_targets(teacher, chunk, local_new - start)  # may be < 0
         sync_gradients(model, start + micro_batch == local_batch)  # only the last time
         losses = objective(model, chunk, cfg, step)
         total = (chunk["weight"] * sum(losses.values())).mean()
@@ -525,7 +525,7 @@ def accumulate_gradients(model, teacher, batch, cfg, step, micro_batch, local_ne
 def update_ema(ema, denoiser, cfg, step):
     """Average the weights; at first over few steps, but not where ECT or MaskDiT tune a model."""
     decay = cfg.ema
-    tuning = cfg.loss == "consistency" or cfg.decoder_depth > 0
+    tuning = cfg.loss == "consistency" or cfg.decoder_depth > 0  # a decoder: MaskDiT
     if not (cfg.init_from and tuning):
         decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(denoiser.parameters()), 1 - decay)
@@ -633,7 +633,7 @@ def train(cfg, checkpoint, resumed, log):
         if math.isfinite(loss) and math.isfinite(grad_norm):
             for name, (anchor, strength) in penalties.items():
                 p = denoiser.get_parameter(name)
-                p.grad.add_((p.detach() - anchor) * strength)  # after clipping, which would hide it
+                p.grad.add_((p.detach() - anchor) * strength)  # not clipped, to keep its strength
             for optimizer in optimizers:
                 optimizer.step()
             update_ema(ema, denoiser, cfg, step)
@@ -661,7 +661,7 @@ def train(cfg, checkpoint, resumed, log):
             batches = list(sample.generate(ema, range(16), seed=cfg.seed))
             if RANK == 0:
                 sample.save_grid(out_path(cfg, f"_{step:07d}.png"), np.concatenate(batches))
-        ending = stopping or step == cfg.steps  # also after skipped steps, which changed nothing
+        ending = stopping or step == cfg.steps  # weights are whole: skipped steps change none
         if ending and bad_steps < MAX_BAD_STEPS:
             save(path)
         elif bad_steps == 0 and due(step, cfg.save_every):
