@@ -490,12 +490,12 @@ def start_loader(stream, step, device):
     """A thread that loads batches during the steps, and the future of the first batch."""
     threads = torch.get_num_threads()
     loader = ThreadPoolExecutor(1)
-    loader.submit(torch.set_num_threads, 1)  # with more threads than cores each loop waits for one
+    loader.submit(torch.set_num_threads, 1)  # or loops wait for a thread that has no core
     if device.type == "cuda":
         loader.submit(torch.cuda.set_device, device)  # or the new thread takes the first GPU
     pending = loader.submit(stream.load, step)
     pending.result()  # by now the loader's set_num_threads(1) has run
-    torch.set_num_threads(threads)  # the loader's first job has lowered it here, too
+    torch.set_num_threads(threads)  # the loader's call set it here, too; the loader keeps 1
     return loader, pending
 
 # ---- Parts of a step.
@@ -661,7 +661,7 @@ def train(cfg, checkpoint, resumed, log):
             batches = list(sample.generate(ema, range(16), seed=cfg.seed))
             if RANK == 0:
                 sample.save_grid(out_path(cfg, f"_{step:07d}.png"), np.concatenate(batches))
-        ending = stopping or step == cfg.steps  # weights are whole: skipped steps change none
+        ending = stopping or step == cfg.steps  # weights are finite: skipped steps change none
         if ending and bad_steps < MAX_BAD_STEPS:
             save(path)
         elif bad_steps == 0 and due(step, cfg.save_every):
