@@ -151,8 +151,7 @@ class Inception(nn.Sequential):
     def forward(self, x):
         """uint8 (B, 3, H, W) -> features (B, 2048)."""
         x = F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False)
-        x = (2 * x - 1).to(next(self.parameters()).dtype)
-        return super().forward(x).mean((2, 3))
+        return super().forward(2 * x - 1).mean((2, 3))
 
 def random_weights(net):
     """He-normal convolutions, drawn by numpy, whose streams do not change."""
@@ -198,8 +197,7 @@ def load_features(args):
         if isinstance(module, Conv):  # the same function in half the time
             module.conv = nn.utils.fuse_conv_bn_eval(module.conv, module.bn)
             module.bn = nn.Identity()
-    net = net.to(args.device, getattr(torch, args.dtype), memory_format=torch.channels_last)
-    return net, identity
+    return net.to(args.device, memory_format=torch.channels_last), identity
 
 # ---- Sources: images, or what is known of them.
 @dataclass
@@ -226,10 +224,11 @@ def open_source(path, args, temp_dir):
 def checkpoint_source(path, args):
     denoiser, checkpoint = sample.load_denoiser(path, device=args.device)
     settings = sample.sampling_settings(args, denoiser, checkpoint)
-    about = dict(step=checkpoint["step"], **settings)
+    about = dict(step=checkpoint["step"], dtype=args.dtype, **settings)
 
     def images(numbers):
-        for batch in sample.generate(denoiser, numbers, batch_size=args.batch_size, **settings):
+        for batch in sample.generate(denoiser, numbers, batch_size=args.batch_size,
+                                     dtype=getattr(torch, args.dtype), **settings):
             yield from batch
 
     return Source(path, about, args.num or 10_000, images)
@@ -299,7 +298,7 @@ def extract(net, images, path, device):
     x = torch.from_numpy(np.stack(images)).to(device)
     check(x.dtype == torch.uint8, f"{path} holds latents: decode them first")
     x = x.expand(-1, -1, -1, 3).permute(0, 3, 1, 2)  # grey as colour; (B, 3, H, W)
-    y = net(x).float().cpu()
+    y = net(x).cpu()
     check(y.dim() == 2 and y.isfinite().all(), f"{path}: the features of {len(x)} images are "
           f"{tuple(y.shape)} or not finite: look at the images and the weights")
     return y

@@ -407,19 +407,18 @@ def posterior_mean(x, clean, sigma, references, allowed=None):
     sum_i a_i y_i over y itself (clean) and R references, a = softmax(-|x - y_i|^2 / (2 sigma^2)).
     x, clean (B, N, d) and sigma (B,); references (R, N, d), of which, with allowed (B, R) bool,
     image j sees allowed[j]."""
-    with torch.autocast(x.device.type, enabled=False):  # small differences of large numbers
-        refs = references.flatten(1)  # (R, N*d)
-        own_square = x.square().sum((1, 2))
-        product = x.flatten(1) @ refs.T  # (B, R)
-        distance = own_square[:, None] - 2 * product + refs.square().sum(dim=1)
-        own_distance = (x - clean).square().sum((1, 2))
-        distance = torch.cat([own_distance[:, None], distance], dim=1)
-        logits = -distance / (2 * sigma[:, None] ** 2)
-        if allowed is not None:
-            logits[:, 1:].masked_fill_(~allowed, -math.inf)
-        weights = logits.softmax(dim=1)  # (B, 1 + R)
-        mean = weights[:, 1:] @ refs
-    return weights[:, :1, None] * clean + mean.view_as(x)
+    refs = references.flatten(1).double()  # (R, N*d): small differences of large numbers
+    own_square = x.double().square().sum((1, 2))
+    product = x.flatten(1).double() @ refs.T  # (B, R)
+    distance = own_square[:, None] - 2 * product + refs.square().sum(dim=1)
+    own_distance = (x - clean).square().sum((1, 2))
+    distance = torch.cat([own_distance[:, None], distance], dim=1)
+    logits = -distance / (2 * sigma[:, None] ** 2)
+    if allowed is not None:
+        logits[:, 1:].masked_fill_(~allowed, -math.inf)
+    weights = logits.softmax(dim=1)  # (B, 1 + R)
+    mean = weights[:, :1, None] * clean + (weights[:, 1:] @ refs).view_as(x)
+    return mean.to(x.dtype)
 
 CONSISTENCY_WEIGHTS = {  # of a pair (t, r)
     "gap": lambda t, r: 1 / (t - r),
@@ -544,7 +543,10 @@ def newton_schulz(x):
 
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal, for matrices; updates as large as AdamW's (arXiv 2502.16982). As
-    torch.optim.Muon, but in float32 and on smaller products: faster on a CPU."""
+    torch.optim.Muon, but in float32, never less, and on smaller products: for a CPU."""
+
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self):

@@ -254,7 +254,7 @@ def add_flags(parser, batch_size):
     add("seed", 0, "seed of the noise")
     add("batch_size", batch_size, "images at a time", low=1)
     add("device", "auto", "where to run", choices=("auto", "cpu", "cuda"))
-    add("dtype", "float32", "dtype of the network", choices=("float32", "bfloat16"))
+    add("dtype", "float32", "dtype of the sampled network", choices=("float32", "bfloat16"))
 
 def sampling_settings(args, denoiser, checkpoint):
     """What `generate` is told by the flags of `add_flags`."""

@@ -14,8 +14,10 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import sys
+import sysconfig
 import time
 import warnings
 from collections import defaultdict
@@ -158,7 +160,8 @@ def parse(argv):
     add("seed", 0, "seed of every random draw")
     add("device", "auto", "where to run", choices=("auto", "cpu", "cuda"))
     add("dtype", "auto", "autocast dtype", choices=("auto", "float32", "bfloat16"))
-    add("compile", True, "torch.compile the network (on CUDA only)")
+    add("tf32", False, "multiply in TF32 where --dtype is float32 (CUDA): faster, less exact")
+    add("compile", True, "torch.compile the blocks of the network (CUDA)")
     # Reports; 0 = never.
     add("log_every", 10, "steps between lines in log.jsonl")
     add("eval_every", 2000, "steps between validations; there is always one at the end")
@@ -313,18 +316,19 @@ class Stream:
             tensor = tensor.contiguous().pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
-def fixed_batch(images, config, device):
+def fixed_batch(images, config, device, rows=slice(None)):
     """512 whole images, evenly from a set, with noise levels (EDM's quantiles) and noise: the same
-    in every run, for validation and Fisher information."""
+    in every run, for validation and Fisher information. rows: those that this process takes."""
     n = min(len(images), 512)
     index = np.linspace(0, len(images) - 1, n).astype(int)
-    patches = torch.from_numpy(images.read(index, None, np.zeros(n, bool)))
+    index = index[rows]
+    patches = torch.from_numpy(images.read(index, None, np.zeros(len(index), bool)))
     g = sample.seeded(0, 3)
     quantile = (torch.randperm(n, generator=g) + 0.5) / n
     noise = torch.randn(n, config.image_size, config.image_size, config.channels, generator=g)
     batch = dict(clean=normalised(patches, config.latent),
-                 noise=patchify(noise, config.patch_size),
-                 sigma=sigma_of(torch.special.ndtri(quantile)))
+                 noise=patchify(noise[rows], config.patch_size),
+                 sigma=sigma_of(torch.special.ndtri(quantile[rows])))
     if config.num_classes:
         batch["labels"] = torch.from_numpy(images.labels[index])
     return {name: tensor.to(device) for name, tensor in batch.items()}
@@ -348,7 +352,12 @@ def configure_optimizers(denoiser, cfg):
     betas = (cfg.beta1, cfg.beta2)
     optimizers = [OPTIMIZERS[cfg.optimizer](others, betas=betas, **settings)]
     if matrices:
-        optimizers.append(Muon([(name, p) for name, p in named if p in matrices], settings))
+        named_matrices = [(name, p) for name, p in named if p in matrices]
+        if named[0][1].device.type == "cuda":  # in bfloat16, which takes a CPU three times as long
+            muon = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
+        else:
+            muon = Muon
+        optimizers.append(muon(named_matrices, **settings))
     return optimizers
 
 def set_learning_rates(optimizers, cfg, step):
@@ -366,6 +375,9 @@ def setup(cfg):
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = cfg.tf32
+        # Its backward has given NaN for 64 and 192 tokens (pytorch issue 196678); others do not.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if WORLD_SIZE > 1:  # an hour, because saving a large model can take more than ten minutes
         dist.init_process_group(device_id=device if cuda else None, timeout=timedelta(hours=1))
     dtype = sample.pick_dtype(cfg.dtype, device)
@@ -375,7 +387,14 @@ def wrap(cfg, denoiser, ema, device):
     """The network to call in training: its gradients are averaged over the processes. A fork that
     shards the weights does it here, also to `ema`, before the optimizers are built."""
     if cfg.compile and device.type == "cuda" and importlib.util.find_spec("triton"):
-        denoiser.compile(dynamic=False)
+        header = os.path.join(sysconfig.get_path("include"), "Python.h")
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        check(compiler and os.path.exists(header), "torch.compile needs a C compiler and Python.h: "
+              "install gcc and python3-dev, or give --no-compile")
+        torch._dynamo.config.optimize_ddp = False  # it splits graphs to overlap; blocks do so, too
+        for module in denoiser.modules():
+            if isinstance(module, Block):  # all blocks share one graph
+                module.compile(dynamic=False, options=dict(combo_kernels=True))
     if WORLD_SIZE == 1:
         return denoiser
     return DDP(denoiser, gradient_as_bucket_view=True, forward_sync_buffers=False)
@@ -532,12 +551,15 @@ def update_ema(ema, denoiser, cfg, step):
 
 @torch.no_grad()
 def evaluate(ema, validation, cfg, eval_batch):
-    """Mean loss of the averaged weights (consistency: with the gap of the last stage)."""
-    losses = []
+    """Mean loss of the averaged weights over the images of all processes (consistency: with the
+    gap of the last stage)."""
+    total = validation["sigma"].new_zeros(2, dtype=torch.float64)  # the loss; the number of images
     for start in range(0, len(validation["clean"]), eval_batch):
         chunk = slice_batch(validation, start, eval_batch)
-        losses.append(sum(objective(ema, chunk, cfg, cfg.steps - 1).values()))
-    return torch.cat(losses).mean().item()
+        losses = sum(objective(ema, chunk, cfg, cfg.steps - 1).values())
+        total += torch.stack([losses.sum(), torch.ones_like(losses).sum()])
+    loss, num_images = sum_over_processes(total).tolist()
+    return loss / num_images
 
 @contextmanager
 def open_log(cfg):
@@ -589,7 +611,8 @@ def train(cfg, checkpoint, resumed, log):
     check(cfg.batch_size % (WORLD_SIZE * micro_batch) == 0, f"batch_size {cfg.batch_size} is not "
           f"a multiple of {WORLD_SIZE} processes x micro_batch {micro_batch}")
     eval_batch = sample.images_per_pass(64, config.grid**2, config, device)
-    validation = fixed_batch(Images(cfg.data, "val", cfg.patch_size, names), config, device)
+    held_out = Images(cfg.data, "val", cfg.patch_size, names)
+    validation = fixed_batch(held_out, config, device, stream.rank_slice)
 
     def save(path):
         settings = {name: v for name, v in vars(cfg).items() if name not in NOT_STORED}
@@ -621,7 +644,9 @@ def train(cfg, checkpoint, resumed, log):
                     model, teacher, batch, cfg, step, micro_batch, stream.local_new)
         except torch.OutOfMemoryError:
             check(False, f"out of memory: give a --micro_batch below {micro_batch}")
-        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if cfg.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, norm)
         # What all processes must agree on, in one sum: the losses, and whether any is to stop.
         num_signals = torch.full_like(norm, len(received))
         totals = sum_over_processes(torch.stack([*losses.values(), num_signals]))
@@ -647,12 +672,15 @@ def train(cfg, checkpoint, resumed, log):
         step += 1
         bar.update()
         seconds += time.time() - began
+        if step == first_step + 1:
+            warm_up = seconds  # the first step may compile: images per second are without it
         if due(step, cfg.log_every) and bad_steps == 0:
-            rate = (step - first_step) * cfg.batch_size / seconds
+            num_images = (step - first_step - 1) * cfg.batch_size
+            rate = num_images / max(seconds - warm_up, 1e-9)
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
             log(step, loss=loss, **mean_losses, grad_norm=grad_norm,
                 lr=optimizers[0].param_groups[0]["lr"], images_per_s=rate, seconds=seconds)
-        if step == cfg.steps or due(step, cfg.eval_every):
+        if len(held_out) and (step == cfg.steps or due(step, cfg.eval_every)):
             with autocast:
                 val_loss = evaluate(ema, validation, cfg, eval_batch)
             log(step, val_loss=val_loss)
