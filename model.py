@@ -67,7 +67,7 @@ def patchify(images, patch_size):
     b, h, w, c = images.shape
     x = images.reshape(b, h // p, p, w // p, p, c)
     x = x.permute(0, 1, 3, 2, 4, 5)  # (B, H/p, W/p, p, p, C)
-    return x.reshape(b, -1, p * p * c)
+    return x.reshape(b, (h // p) * (w // p), p * p * c)
 
 def unpatchify(tokens, patch_size):
     """(B, N, p*p*C) -> (B, H, W, C), the inverse of `patchify` for square images."""

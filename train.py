@@ -280,12 +280,15 @@ class Stream:
             batch["labels"] = labels.masked_fill(dropped[rows], -1)
         batch = {name: self.move(tensor) for name, tensor in batch.items()}
         batch["clean"] = self.read(index, to_read, flip)
-        g = sample.seeded(cfg.seed, 2, step, device=self.device)
-        noise = torch.randn(n, *batch["clean"].shape[1:], generator=g, device=self.device)
-        batch["noise"] = noise[rows].contiguous()
+        batch["noise"] = self.noise(step, (n, *batch["clean"].shape[1:]))[rows].contiguous()
         if cfg.ref_batch > 1:
             batch.update(self.references(step))
         return batch
+
+    def noise(self, step, shape):
+        """Standard normal noise of the global batch, drawn where it is needed."""
+        g = sample.seeded(self.cfg.seed, 2, step, device=self.device)
+        return torch.randn(shape, generator=g, device=self.device)
 
     def draw_flips(self, n, generator):
         """Which of n images to mirror, (n,) bool."""

@@ -602,6 +602,19 @@ def test_a_checkpoint_is_measured_by_its_samples(measure, net, tmp_path):
     assert about.items() <= result["b"].items()
 
 
+def test_a_checkpoint_is_sampled_in_the_dtype_asked_for_and_judged_in_float32(measure, net, tmp_path, monkeypatch):
+    path, a = untrained(tmp_path / "ft.pt"), npz(tmp_path / "a.npz", images())
+    generate, extract, dtypes = sample.generate, fid.extract, []
+    monkeypatch.setattr(sample, "generate", lambda *args, dtype, **how: dtypes.append(dtype) or generate(
+        *args, dtype=dtype, **how))
+    monkeypatch.setattr(fid, "load_features", lambda args: (torch.jit.load(net), "fd x"))
+    monkeypatch.setattr(fid, "extract", lambda *args: dtypes.append(extract(*args).dtype) or extract(*args))
+    for dtype in ("float32", "bfloat16"):
+        result = measure(a, path, "--num=4", "--steps=2", f"--dtype={dtype}")
+        assert result["b"]["dtype"] == dtype
+    assert dtypes == [torch.float32, torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float32]
+
+
 # ---------------------------------------------------------------------------------------------
 # Losses by noise level and bits per dimension.
 

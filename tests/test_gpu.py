@@ -10,8 +10,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, TINY, few_images, make_dataset
 
+import gpu_check
+import model
 import train
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -144,6 +147,31 @@ def test_it_runs_with_the_losses_of_the_cpu_and_waits_once_a_step(found, name):
     assert found[name] is None
 
 
+def test_on_a_gpu_muon_is_torchs(found, tmp_path_factory):
+    (path,) = tmp_path_factory.getbasetemp().glob("gpu0/gpu/muon/pt.pt")
+    adamw, muon = torch.load(path, weights_only=True)["optimizer"]
+    assert {"momentum_buffer"} == set(muon["state"][0]) and muon["param_groups"][0]["adjust_lr_fn"] == "match_rms_adamw"
+
+
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_found(found, name):
     assert found[name] is not None
+
+
+def test_gpu_check_at_toy_size(capsys):
+    """The whole of what is to be run first on a GPU."""
+    result = subprocess.run([sys.executable, ROOT / "tests/tools/gpu_check.py", "--device=cpu"], capture_output=True,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0 and "all passed" in result.stdout, result.stdout + result.stderr
+    assert result.stdout.count("   PASS") == len(gpu_check.STEPS) == 9
+
+
+def test_gpu_check_tells_what_is_not_as_expected(monkeypatch, capsys):
+    loss = model.denoising_loss
+    wrong_in_bfloat16 = lambda *tensors: loss(*tensors) * (1 + 0.1 * torch.is_autocast_enabled("cpu"))
+    monkeypatch.setattr(model, "denoising_loss", wrong_in_bfloat16)
+    with pytest.raises(SystemExit) as end:
+        gpu_check.main(["--device=cpu", "--only=same"])
+    out = capsys.readouterr().out
+    assert "LOOK: not as on the CPU: ['28 tokens, bfloat16'," in out and "'28 tokens, float32'" not in out
+    assert end.value.code == 1

@@ -209,6 +209,53 @@ def test_validation_depends_on_the_data_alone_and_has_edms_noise_levels(dataset)
     assert torch.allclose(ln_sigma, quantiles, atol=1e-4)
 
 
+def test_processes_share_the_validation_images_out(labelled):
+    images = Images(str(labelled), "val", 4)
+    config = ModelConfig(**asdict(SMALL) | dict(num_classes=3))
+    whole = train.fixed_batch(images, config, CPU)
+    for world in (2, 3, 9):  # of 8 images: the last process has none
+        shares = [train.fixed_batch(images, config, CPU, slice(rank, None, world)) for rank in range(world)]
+        for name, tensor in whole.items():
+            joined = torch.zeros_like(tensor)
+            for rank, share in enumerate(shares):
+                joined[rank::world] = share[name]
+            assert torch.equal(joined, tensor) and sum(len(share[name]) for share in shares) == len(tensor)
+
+
+def test_images_per_second_leave_out_the_first_step(dataset, tmp_path, monkeypatch):
+    """It may compile, which takes a minute and more."""
+    original, calls = train.accumulate_gradients, []
+
+    def slow_at_first(*args):
+        time.sleep(0 if calls else 2)
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(train, "accumulate_gradients", slow_at_first)
+    train.main(flags_for(dataset, tmp_path, *TINY, "--steps=6", "--log_every=1"))
+    rows = [r for r in records(tmp_path) if "images_per_s" in r]
+    assert rows[0]["seconds"] > 2 and rows[-1]["images_per_s"] > 12 * 5 / 1
+    assert rows[-1]["images_per_s"] == pytest.approx(12 * 5 / (rows[-1]["seconds"] - rows[0]["seconds"]))
+
+
+@pytest.mark.parametrize("limit", [0, 1e-3])
+def test_gradients_are_multiplied_only_to_be_clipped(dataset, tmp_path, monkeypatch, limit):
+    original, clipped = torch.nn.utils.clip_grads_with_norm_, []
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", lambda *a: clipped.append(a) or original(*a))
+    norms = []
+    step = train.ADAMW.func.step
+
+    def watched(optimizer, *args):
+        norms.append(sum(p.grad.square().sum() for group in optimizer.param_groups for p in group["params"]).sqrt().item())
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(train.ADAMW.func, "step", watched)
+    train.main(flags_for(dataset, tmp_path, *TINY, "--steps=2", "--log_every=1", f"--grad_clip={limit}"))
+    logged = [r["grad_norm"] for r in records(tmp_path) if "grad_norm" in r]
+    assert len(clipped) == (2 if limit else 0)
+    assert norms == pytest.approx([limit] * 2 if limit else logged, rel=1e-3)
+
+
 def test_validation_takes_512_images_evenly_from_a_large_set(dataset):
     class Large(Images):
         def __len__(self):
@@ -444,7 +491,7 @@ def test_muon_is_that_of_torch(shapes):
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    a = model.Muon(ours, dict(lr=0.1, weight_decay=0.03))
+    a = model.Muon(ours, lr=0.1, weight_decay=0.03)
     b = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.03, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
         for p, q in zip(ours, theirs):
@@ -1173,6 +1220,52 @@ def test_a_mistake_has_exit_code_1_and_no_traceback_and_a_bug_has_one(tmp_path):
     assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1
     with pytest.raises(ValueError, match="math"):
         prepare_data.run_script(lambda argv: math.sqrt(-1))
+
+
+@pytest.mark.parametrize("flag", ["--tf32", "--no-tf32"])
+def test_tf32_is_asked_for_and_cudnns_attention_kept_away(monkeypatch, flag):
+    matmul, cudnn_was_on = torch.backends.cuda.matmul, torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(sample, "pick_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    try:
+        train.setup(settings(flag, "--dtype=float32"))
+        assert matmul.allow_tf32 == (flag == "--tf32") and not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        matmul.allow_tf32 = False
+        torch.backends.cuda.enable_cudnn_sdp(cudnn_was_on)
+    assert not settings().tf32
+
+
+def test_without_a_compiler_the_way_out_is_told(monkeypatch, tmp_path):
+    find_spec = train.importlib.util.find_spec
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: name == "triton" or find_spec(name))
+    compiled = []
+    monkeypatch.setattr(model.Block, "compile", lambda block, **how: compiled.append(how))
+    monkeypatch.setattr(train.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    denoiser, gpu = Denoiser(SMALL), torch.device("cuda", 0)
+    wrap = lambda flags: train.wrap(settings(*flags), denoiser, denoiser, gpu)
+    for tools in ({}, {"gcc": "/usr/bin/gcc"}):  # no Python.h either
+        monkeypatch.setattr(train.shutil, "which", tools.get)
+        assert "--no-compile" in mistake(wrap, "--steps=3")
+    assert wrap(["--no-compile"]) is denoiser and not compiled
+    (tmp_path / "Python.h").touch()
+    assert wrap([]) is denoiser and len(compiled) == SMALL.depth
+    monkeypatch.setattr(train.shutil, "which", {}.get)
+    assert "--no-compile" in mistake(wrap, "--steps=3")
+
+
+def test_all_blocks_share_one_compiled_graph():
+    from torch._dynamo.utils import counters
+    counters.clear()
+    denoiser = Denoiser(ModelConfig(**asdict(SMALL) | dict(depth=10, decoder_depth=9, decoder_dim=16)))
+    for block in denoiser.modules():
+        if isinstance(block, model.Block):
+            block.compile(dynamic=False, backend="aot_eager")
+    for _ in range(2):
+        denoiser(torch.randn(2, 16, 48), torch.ones(2), torch.arange(4).expand(2, 4)).sum().backward()
+    torch._dynamo.reset()
+    assert counters["stats"]["unique_graphs"] == 2  # one of each width
 
 
 def test_more_processes_than_gpus_get_a_sentence(monkeypatch):

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import model
@@ -83,11 +85,11 @@ def our_loss(denoiser, batch):
     settings = SimpleNamespace(loss="diffusion", decoder_depth=denoiser.config.decoder_depth, mae_weight=0.1)
     return sum(model.objective(denoiser, batch, settings, 0).values()).mean()
 
-FUSED_ATTENTION = {  # which torch's counter passes over on a CPU; without the scores that backward works out again
+FUSED_ATTENTION = {  # which torch's counter passes over on a CPU; backward works out the scores again
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
         lambda q, k, v, *args, **how: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda grad, q, k, v, *args, **how: 2 * sdpa_flop_count(q, k, v)}
+        lambda grad, q, k, v, *args, **how: 5 * sdpa_flop_count(q, k, v) // 2}
 
 def count_step(config, batch_size, *mask):
     """Weights, FLOPs of forward and backward, and the bytes that autograd keeps for it, in bfloat16.
@@ -288,55 +290,118 @@ def factors_table(results):
     return markdown(["network", *(f"batch {batch}, ratio {ratio}" for batch, ratio in columns)], lines)
 
 # ---- A run that has not been started.
+COMPILED_BLOCK = 44  # launches of a compiled block, forward and backward, in Inductor's code for sm_90
+MUON_LAUNCHES = 27  # of torch.optim.Muon for a matrix
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that start a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.count += not func.is_view and func.namespace == "aten" and isinstance(result, torch.Tensor | tuple)
+        return result
+
+def count_launches(config, *mask):
+    """Kernels of a forward and backward pass with compiled blocks: what surrounds the blocks is not compiled."""
+    counts = []
+    for depth in (1, 2):
+        shallow = replace(config, depth=depth, decoder_depth=0, route=())
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            denoiser = model.Denoiser(shallow)
+            batch = draw_batch(shallow, 2, *mask)
+            with Launches() as launches, torch.autocast("cpu", torch.bfloat16):
+                our_loss(denoiser, batch).backward()
+        counts.append(launches.count)
+    around = 2 * counts[0] - counts[1]
+    return around + COMPILED_BLOCK * (config.depth + config.decoder_depth)
+
+def muon_flops(config):
+    """FLOPs of five iterations on the matrices of all blocks, (n, m) with n <= m."""
+    denoiser = model.Denoiser(config).to("meta")
+    shapes = [sorted(matrix.shape) for block in denoiser.modules() if isinstance(block, model.Block)
+              for matrix in block.matrices()]
+    return len(shapes), sum(5 * (4 * n**2 * m + 2 * n**3) for n, m in shapes)
+
+class HostStream(train.Stream):
+    """The stream without what a GPU does: noise, and the conversion of 8-bit values."""
+
+    def noise(self, step, shape):
+        return torch.empty(shape, device="meta")
+
 def load_seconds(config, cfg, gpus):
-    """Median seconds in which one thread loads a process's part of a batch."""
+    """Median seconds in which one thread loads a process's part of a batch for a GPU."""
     shape = (max(cfg.batch_size, 512), config.image_size, config.image_size, config.channels)
     meta = dict(num_train=shape[0], size=shape[1], channels=shape[3], dtype="uint8", class_names=None)
     with tempfile.TemporaryDirectory() as folder:
         np.save(f"{folder}/train.npy", np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
         Path(folder, "meta.json").write_text(json.dumps(meta))
         images = Images(folder, "train", config.patch_size)
-        stream = train.Stream(images, len(images), cfg, config, torch.device("cpu"), 0, gpus)
+        stream = HostStream(images, len(images), cfg, config, torch.device("meta"), 0, gpus)
         torch.set_num_threads(1)  # as in a run
         return clock(lambda: stream.load(0))
 
 def plan(argv):
-    """Will a run fit, and what limits it? Only the loader is run; FLOPs and memory are counted on tensors without
-    memory, beside an H100 or what the flags say. Flags that are not listed are those of train.py.
+    """Will a run fit, and what limits it? Only the loader is run; FLOPs, launches and memory are counted on tensors
+    without memory, beside an H100 or what the flags say. Flags that are not listed are those of train.py.
     """
     parser = Parser(plan.__doc__)
     add = parser.add
     add("size", 64, "side of an image or latent")
     add("channels", 3, "of an image or latent")
     add("gpus", 8, "in all")
-    add("peak", 989e12, "FLOP/s of a GPU, bfloat16, dense")
-    add("share", 0.4, "share of the peak that is reached")
+    add("peak", None, "FLOP/s of a GPU, dense; None = 989e12 in bfloat16, 67e12 in float32, 494e12 with --tf32", float)
+    add("share", None, "share of the peak that is reached; None = 0.4, in float32 0.75", float)
     add("memory", 80e9, "bytes of a GPU")
-    add("network", 50e9, "bytes/s of a GPU to the others")
+    add("bandwidth", 3.35e12, "bytes/s of its memory")
+    add("network", None, "bytes/s of a GPU to the others; None = 350e9, or 50e9 for more than 8 GPUs", float)
+    add("launch", 8e-6, "seconds in which Python starts a kernel")
     args, flags = parser.parse_known_args(argv)
     cfg, _, _ = train.parse(["--device=cpu", "--preset=maskdm-64", "--no-class_cond", *flags])
+    exact = cfg.dtype == "float32" and not cfg.tf32
+    peak = args.peak or (67e12 if exact else 494e12 if cfg.dtype == "float32" else 989e12)
+    share = args.share or (0.75 if exact else 0.4)
+    network = args.network or (350e9 if args.gpus <= 8 else 50e9)
     sizes = {name: getattr(cfg, name) for name in train.NETWORK_SETTINGS}
     config = model.ModelConfig(**sizes, image_size=args.size, channels=args.channels)
     local_batch = cfg.batch_size // args.gpus
+    micro_batch = cfg.micro_batch or local_batch
     mask = cfg.mask_ratio, cfg.mask_type, cfg.block_size
-    n, flops, kept = count_step(config, local_batch, *mask)
-    _, _, kept_by_two = count_step(config, 2 * local_batch, *mask)
+    n, flops, _ = count_step(config, local_batch, *mask)
+    _, _, kept = count_step(config, micro_batch, *mask)
+    _, _, kept_by_two = count_step(config, 2 * micro_batch, *mask)
+    launches = count_launches(config, *mask) * local_batch // micro_batch
+    if cfg.loss == "consistency":  # another forward pass
+        flops = flops * 4 // 3
+        launches = launches * 4 // 3
     gigabytes = {"weights": 4 * n, "gradients": 4 * n, "AdamW": 8 * n, "average": 4 * n, "weights in bfloat16": 2 * n,
                  "activations": kept_by_two - kept}
     sent = 2 * (args.gpus - 1) / args.gpus * 4 * n  # a ring: each gradient goes out and comes back
-    seconds = {"computing": flops / (args.peak * args.share),
-               "loading (this machine)": load_seconds(config, cfg, args.gpus), "network": sent / args.network}
+    optimizer = 44 * n / args.bandwidth  # AdamW 28 bytes a weight, the norm 4, the average 12
+    if cfg.optimizer == "muon":
+        matrices, products = muon_flops(config)
+        optimizer += products / (989e12 * 0.4)
+        launches += MUON_LAUNCHES * matrices
+    seconds = {"products and attention": flops / (peak * share), "optimizer and average": optimizer,
+               "launches": launches * args.launch, "loading (this machine)": load_seconds(config, cfg, args.gpus),
+               "network": sent / network}
     total = sum(gigabytes.values())
     fits = "fits in" if total < args.memory else "does NOT fit in"
-    limit = max(seconds, key=seconds.get)
     print(f"{n / 1e6:.1f} M weights, {local_batch} of {cfg.batch_size} images on each of {args.gpus} GPUs")
-    print(f"{flops / 1e12:.3g} TFLOP a step and GPU, {sent / 1e6:.4g} MB a step over the network")
+    print(f"{flops / 1e12:.3g} TFLOP and {launches} launches a step and GPU, {sent / 1e6:.4g} MB over the network")
     for name, size in gigabytes.items():
         print(f"{size / 1e9:8.2f} GB {name}")
     print(f"{total / 1e9:8.2f} GB in all: {fits} {args.memory / 1e9:.0f} GB")
     for name, duration in seconds.items():
         print(f"{duration * 1e3:8.1f} ms {name}")
-    print(f"the limit is {limit}: {cfg.batch_size / seconds[limit]:.0f} images/s")
+    # The GPU computes while Python launches, the loader reads and the gradients travel.
+    together = {"the GPU": seconds.pop("products and attention") + seconds.pop("optimizer and average"), **seconds}
+    limit = max(together, key=together.get)
+    rate = cfg.batch_size / together[limit]
+    print(f"the limit is {limit}: {rate:.0f} images/s, {cfg.steps} steps in {cfg.steps * together[limit] / 3600:.3g} h")
 
 def main(argv):
     if argv[:1] == ["plan"]:
