@@ -8,7 +8,7 @@ python fid.py data/old,data/new out/ft.pt --metrics bpd         # losses by nois
 
 A source is a prepared folder (its training images; data/faces/val.npy are those held out), a
 folder or archive of images, an .npz of images (arr_0) or of statistics (mu, sigma), or a checkpoint
-(.pt). Features and resize are those of pytorch-fid.
+(.pt). Features and resize are those of pytorch-fid; --resize tf1 is that of ADM's and EDM's figures.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -126,8 +126,27 @@ def inception_e(c_in, pool):  # 8
         branch3x3dbl=[(448, 1), (384, 3), fork],
         branch_pool=[(192, 1)])
 
+def bilinear(x):
+    """uint8 (B, 3, H, W) -> (B, 3, 299, 299) in [-1, 1], as in pytorch-fid."""
+    x = F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False)
+    return 2 * x - 1
+
+def bilinear_tf1(x):
+    """The same as in TensorFlow 1, where row i of the output is row i * H / 299 of the input; the
+    centres of the pixels would have been half a pixel further on."""
+    batch, _, height, width = x.shape
+    theta = torch.eye(2, 3, device=x.device)  # from places in the output to places in the input
+    theta[0, 2] = 1 / width - 1 / 299
+    theta[1, 2] = 1 / height - 1 / 299
+    grid = F.affine_grid(theta.expand(batch, 2, 3), (batch, 3, 299, 299), align_corners=False)
+    x = F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
+    return (x - 128) / 128
+
+RESIZES = {"pytorch-fid": bilinear, "tf1": bilinear_tf1}
+
 class Inception(nn.Sequential):
-    def __init__(self):
+    def __init__(self, resize="pytorch-fid"):
+        self.resize = RESIZES[resize]
         super().__init__(OrderedDict(
             Conv2d_1a_3x3=Conv(3, 32, 3, 2),
             Conv2d_2a_3x3=Conv(32, 32, 3, padding=0),
@@ -150,8 +169,7 @@ class Inception(nn.Sequential):
 
     def forward(self, x):
         """uint8 (B, 3, H, W) -> features (B, 2048)."""
-        x = F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False)
-        return super().forward(2 * x - 1).mean((2, 3))
+        return super().forward(self.resize(x)).mean((2, 3))
 
 def random_weights(net):
     """He-normal convolutions, drawn by numpy, whose streams do not change."""
@@ -187,12 +205,14 @@ def load_features(args):
     if args.features not in ("inception", "random"):
         net = torch.jit.load(args.features, map_location=args.device).eval()
         return net, f"fd {file_hash(args.features)}"
-    net = Inception().eval().requires_grad_(False)
+    net = Inception(args.resize).eval().requires_grad_(False)
     if args.features == "random":
         random_weights(net)
         identity = "random_fd default_rng(0)"
     else:
         identity = f"fid {file_hash(load_public_weights(net, args.weights))}"
+    if args.resize == "tf1":
+        identity += "+tf1"
     for module in net.modules():
         if isinstance(module, Conv):  # the same function in half the time
             module.conv = nn.utils.fuse_conv_bn_eval(module.conv, module.bn)
@@ -224,13 +244,9 @@ def open_source(path, args, temp_dir):
 def checkpoint_source(path, args):
     denoiser, checkpoint = sample.load_denoiser(path, device=args.device)
     settings = sample.sampling_settings(args, denoiser, checkpoint)
-    about = dict(step=checkpoint["step"], dtype=args.dtype, **settings)
-
-    def images(numbers):
-        for batch in sample.generate(denoiser, numbers, batch_size=args.batch_size,
-                                     dtype=getattr(torch, args.dtype), **settings):
-            yield from batch
-
+    draw = sample.drawer(args, denoiser, checkpoint, settings)
+    about = dict(step=checkpoint["step"], dtype=args.dtype, guide=args.guide_ckpt, **settings)
+    images = lambda numbers: chain.from_iterable(draw(numbers))
     return Source(path, about, args.num or 10_000, images)
 
 def statistics_source(path, arrays):
@@ -406,6 +422,7 @@ def bits_per_dim(folder, denoiser, class_names, args):
     known = not class_names or images.meta["class_names"] == class_names
     check(form == expected and known, f"{folder} holds {form}, but the model needs {expected} and "
           f"no classes but {class_names}")
+    check(len(images), f"{folder} holds no image out: prepare it with a --val_frac")
     generator = sample.seeded(args.seed, 7)
     num = min(len(images), args.num or 512)
     results = []
@@ -427,7 +444,7 @@ def report_bits_per_dim(args):
     """A line for each set, then all results as JSON."""
     check_noise("edm", "--metrics bpd")
     denoiser, checkpoint = sample.load_denoiser(args.b, device=args.device)
-    class_names = checkpoint["class_names"] if denoiser.config.num_classes else []
+    class_names = checkpoint["class_names"]
     results = {}
     for folder in args.a.split(","):
         results[folder] = result = bits_per_dim(folder, denoiser, class_names, args)
@@ -445,14 +462,18 @@ def protocol(sources, args):
           f"{digests}, {widths} values; use the same --features")
     warnings = [f"{source.path} has only {source.num} images: this biases all figures"
                 for source in sources if 0 < source.num < max(2048, *widths)]
-    if nets != {f"fid {WEIGHTS_SHA256}"} and keys[0] == "fid":
+    weights = {net.removesuffix("+tf1") for net in nets}
+    if weights != {f"fid {WEIGHTS_SHA256}"} and keys[0] == "fid":
         warnings.append("not all Inception weights are known to be the public ones")
+    if "unknown" in digests:
+        warnings.append(f"statistics of an unknown resize beside --resize {args.resize}: those of "
+                        "ADM, EDM, EDM2, MaskDiT, TREAD and ECT were made with tf1")
     about = dict(
         features=keys[0],
         weights=digests,
         warnings=warnings)
     if keys[0] != "fd":
-        about["resize"] = "299x299 bilinear, antialias=False, align_corners=False"
+        about["resize"] = f"{args.resize}: 299x299 bilinear, antialias=False, align_corners=False"
     for name, source in zip("ab", sources):
         about[name] = dict(path=source.path, n=source.num, **source.about)
     return keys[0], about
@@ -463,6 +484,7 @@ def main(argv=None):
     parser.add_argument("b", metavar="B", nargs="?", help="what is judged; not needed with --stats")
     add = parser.add
     add("features", "inception", "inception, random, or a TorchScript file")
+    add("resize", "pytorch-fid", "Inception's; tf1 for figures like ADM's", choices=RESIZES)
     add("weights", None, "file of Inception's weights; None = torch hub's cache, else a download")
     add("metrics", "fid", "some of fid,kid,pr, or bpd")
     add("kid_size", 1000, "images in each of KID's 100 subsets", low=2)

@@ -143,14 +143,14 @@ def scatter_tokens(tokens, visible, others):
 
 # ---- The network (DiT with adaLN-Zero), on whatever tokens it is given.
 def sincos_positions(grid, dim):
-    """Fixed 2-D sine-cosine positions (grid*grid, dim): half of the channels for the row."""
+    """Fixed 2-D sine-cosine positions (grid*grid, dim): first those of the column (DiT)."""
     freq = 10000.0 ** -(np.arange(dim // 4) / (dim // 4))
     place = np.arange(grid)
     angle = place[:, None] * freq  # (grid, dim/4)
     axis = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # (grid, dim/2)
     rows = axis.repeat(grid, axis=0)
     cols = np.tile(axis, (grid, 1))
-    positions = np.concatenate([rows, cols], axis=1)
+    positions = np.concatenate([cols, rows], axis=1)
     return torch.from_numpy(positions).float()
 
 def attention(q, k, v):
@@ -170,6 +170,8 @@ def modulate(x, shift, scale):
 
 class Block(nn.Module):
     """Transformer block; the condition modulates its norms and residuals (DiT, adaLN-Zero)."""
+
+    dropout = 0.0  # share of the MLP's inner values that training leaves out
 
     def __init__(self, dim, heads, cond_dim):
         super().__init__()
@@ -199,6 +201,7 @@ class Block(nn.Module):
         x = x + gate1 * self.proj(h)
         h = self.fc1(modulate(x, shift2, scale2))
         h = F.gelu(h)  # the tanh approximation of DiT takes three times as long on a CPU
+        h = F.dropout(h, self.dropout, self.training)
         return x + gate2 * self.fc2(h)
 
 def run_blocks(blocks, x, cond):
@@ -221,11 +224,11 @@ class DiT(nn.Module):
         self.patch_embed = nn.Linear(c.token_dim, c.dim)
         # Fixed, hence not in the checkpoint: another resolution simply makes others.
         self.register_buffer("positions", sincos_positions(c.grid, c.dim), persistent=False)
-        # c_noise = ln(sigma)/4 lies in about [-1.6, 1.1]: wavelengths from 60 down to 0.4.
-        freq = np.geomspace(0.1, 16.0, c.dim // 2)
+        num_freq = min(128, c.dim // 2)  # 128 in DiT; in a narrow network so many hurt
+        freq = 10000.0 ** -(np.arange(num_freq) / num_freq)
         self.register_buffer("freq", torch.from_numpy(freq).float(), persistent=False)
         self.time_embed = nn.Sequential(
-            nn.Linear(c.dim, c.dim),
+            nn.Linear(2 * num_freq, c.dim),
             nn.SiLU(),
             nn.Linear(c.dim, c.dim))
         # The last row is "no class".
@@ -268,7 +271,7 @@ class DiT(nn.Module):
     def condition(self, c_noise, labels):
         """What all blocks are told about the noise level and the class, (B, D)."""
         angle = c_noise[:, None] * self.freq
-        waves = torch.cat([angle.sin(), angle.cos()], dim=1)
+        waves = torch.cat([angle.cos(), angle.sin()], dim=1)
         cond = self.time_embed(waves)
         if self.label_embed is not None:
             no_class = self.label_embed.num_embeddings - 1
@@ -316,7 +319,7 @@ class DiT(nn.Module):
 # Checkpoints say with which noise model and which network they were trained. Change the name when
 # you change the code behind it: old checkpoints then stop with a sentence, not with wrong results.
 NOISE = "edm"
-NETWORK = "dit"
+NETWORK = "dit-2"
 SIGMA_DATA = 0.5  # standard deviation of the data; latents are normalised to it
 P_MEAN, P_STD = -1.2, 1.2  # of ln sigma in training (EDM table 1)
 
@@ -437,8 +440,14 @@ def consistency_loss(f_t, target, t, r, c=0.0, weight="gap"):
 def objective(model, batch, cfg, step):
     """The losses of the images of a batch at a step, {name: (b,)}, weighted so as to be summed.
     batch: clean, noise (b, K, d), sigma (b,); if patches are hidden visible (b, K); with classes
-    labels (b,), -1 = no class; target (b, K, d) if it is not `clean`."""
+    labels (b,), -1 = no class; target (b, K, d) if it is not `clean`; seed, an int, of dropout."""
     return OBJECTIVES[cfg.loss](model, batch, cfg, step)
+
+def evaluate_network(model, x, sigma, batch):
+    """The denoised tokens. All evaluations of a batch leave out the same values (dropout)."""
+    if "seed" in batch:
+        torch.manual_seed(batch["seed"])
+    return model(x, sigma, batch.get("visible"), batch.get("labels"))
 
 def diffusion_objective(model, batch, cfg, step):
     """Denoising, masked or whole; a decoder also reconstructs the hidden patches (MaskDiT)."""
@@ -446,7 +455,7 @@ def diffusion_objective(model, batch, cfg, step):
     visible = batch.get("visible")
     target = batch.get("target", batch["clean"])
     x = noised(batch["clean"], batch["noise"], sigma)
-    denoised = model(x, sigma, visible, batch.get("labels"))
+    denoised = evaluate_network(model, x, sigma, batch)
     if visible is None or not cfg.decoder_depth:
         return {"denoising": denoising_loss(denoised, target, sigma)}
     reconstruction = reconstruction_loss(denoised, x, visible)
@@ -479,9 +488,9 @@ def consistency_objective(model, batch, cfg, step):
     positive = r > 0
     with torch.no_grad():
         # Where r = 0 the output is not used, and any positive level will do.
-        f_r = model(x_r, torch.where(positive, r, t), visible, labels)
+        f_r = evaluate_network(model, x_r, torch.where(positive, r, t), batch)
     target = torch.where(positive.view(-1, 1, 1), f_r, x_r)  # at r = 0 the output is x_r itself
-    f_t = model(x_t, t, visible, labels)
+    f_t = evaluate_network(model, x_t, t, batch)
     if cfg.decoder_depth:  # only the visible patches count
         f_t = gather_tokens(f_t, visible)
         target = gather_tokens(target, visible)
@@ -544,9 +553,6 @@ def newton_schulz(x):
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal, for matrices; updates as large as AdamW's (arXiv 2502.16982). As
     torch.optim.Muon, but in float32, never less, and on smaller products: for a CPU."""
-
-    def __init__(self, params, lr, weight_decay):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self):

@@ -366,12 +366,25 @@ def to_image(pixels):
         pixels = pixels[..., 0]
     return Image.fromarray(pixels)
 
+def fit_adm(image, size):
+    """As in ADM, EDM2, MaskDiT: halved while twice as large, then resized, then cropped."""
+    side = size[0]
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    image = ImageOps.scale(image, side / min(image.size), Image.Resampling.BICUBIC)
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+FITS = {"lanczos": partial(ImageOps.fit, method=Image.Resampling.LANCZOS), "adm": fit_adm}
+
 @dataclass
 class Decoder:
     """Turns files into uint8 (size,size,channels), and keeps account of what it can't use."""
 
     size: int = None  # None = of each image
     channels: int = 3
+    fit: str = "lanczos"
     grey_range: tuple = None  # black and white of images of more than 8 bits
     grey_values: list = field(default_factory=list)  # smallest and largest of each such image
     extra_frames: list = field(default_factory=list)  # of each file
@@ -425,7 +438,7 @@ class Decoder:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
         if self.size:
-            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
+            image = FITS[self.fit](image, (self.size, self.size))
         if self.channels == 1:
             return np.asarray(image.convert("L"))[..., None]
         return np.asarray(image)
@@ -448,14 +461,16 @@ def choose(source, num=None, classes=None, val_frac=0.05, seed=0):
     for i in order:
         rank[i] = counts[names[i]]
         counts[names[i]] += 1
-    if not val:
+    if not val and val_frac:
         spare = [i for i in order if rank[i] > 0]  # each class keeps one to train on
         val = spare[-max(1, min(round(val_frac * len(order)), 10_000)) :]
     held_out = set(val)
     train = [i for i in order if i not in held_out]
     if num:
         train = sorted(train, key=lambda i: (rank[i], names[i]))[:num]
-    return val or train, train  # (val or train), train: a single image is both
+    if not val and val_frac:
+        val = train  # a single image is both
+    return val, train
 
 def write_images(path, images, shape, dtype):
     """Write (number, image) pairs to an .npy file -> the numbers."""
@@ -495,9 +510,7 @@ def write_set(folder, source, decoder, val, train):
     if source.dtype == "float32":
         sample = np.load(f"{folder}/train.npy", mmap_mode="r")[:4096].astype(float)
         mean, deviation = sample.mean(axis=(0, 1, 2)), sample.std(axis=(0, 1, 2))
-        for channel in np.flatnonzero(deviation == 0):
-            say(f"channel {channel} is constant: its deviation is taken as 1")
-            deviation[channel] = 1
+        deviation[deviation == 0] = 1  # a channel that is constant
         latent = [mean.tolist(), deviation.tolist()]
     return dict(num_train=len(train), num_val=len(val), size=decoder.size,
                 channels=decoder.channels, dtype=source.dtype, class_names=class_names or None,
@@ -593,6 +606,9 @@ def main(argv=None):
         choices=(1, 3))
     add("range", None, "values of black and white in grey images of more than 8 bits", float,
         low=-math.inf, nargs=2)
+    add("fit", "lanczos", "how images are cropped and resized; adm = as in ADM", choices=FITS)
+    add("latent_scale", None, "multiply latents by this (Stable Diffusion: 0.18215); None = "
+        "normalise each channel", float)
     add("val_frac", 0.05, "share of images to hold out, unless the source has its own", high=1)
     add("num", None, "number of training images, as many of each class as possible", int, low=1)
     add("classes", None, "use only these classes, separated by commas")
@@ -621,10 +637,14 @@ def main(argv=None):
         check(source.dtype == "uint8" or (size, channels) == (source.size, source.channels),
               f"latents keep their size {source.size} and {source.channels} channels")
         val, train = choose(source, args.num, args.classes, args.val_frac, args.seed)
-        decoder = Decoder(size, channels, args.range)
+        decoder = Decoder(size, channels, args.fit, args.range)
         new = Path(temp_dir, "new")
         new.mkdir()
         meta = write_set(new, source, decoder, val, train)
+        if args.latent_scale:
+            check(source.dtype == "float32", "--latent_scale is for latents, not for images")
+            deviation = 0.5 / args.latent_scale  # training divides by it and multiplies by 0.5
+            meta["latent"] = [[0.0] * channels, [deviation] * channels]
         meta["preprocessing"] = vars(args)
         Path(new, "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         if os.path.exists(out):

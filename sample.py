@@ -55,15 +55,9 @@ def euler(denoise, x, sigmas, draw):
         x = x + (s_next - s) * slope
     return x
 
-def heun(denoise, x, sigmas, draw, s_churn=0):
-    """Second order, 2n - 1 evaluations (EDM algorithm 1). With s_churn > 0 noise is added before
-    the steps, as much as EDM does for ImageNet-64 (algorithm 2)."""
-    gamma = min(s_churn / (len(sigmas) - 1), 2**0.5 - 1)
+def heun(denoise, x, sigmas, draw):
+    """Second order, 2n - 1 evaluations (EDM algorithm 1)."""
     for s, s_next in pairwise(sigmas):
-        if gamma > 0 and 0.05 <= s <= 50:  # S_min, S_max, and below S_noise
-            s_hat = s * (1 + gamma)
-            x = x + (s_hat**2 - s**2) ** 0.5 * 1.003 * draw()
-            s = s_hat
         slope = (x - denoise(x, s)) / s
         x_next = x + (s_next - s) * slope
         if s_next > 0:
@@ -71,10 +65,6 @@ def heun(denoise, x, sigmas, draw, s_churn=0):
             x_next = x + (s_next - s) * (slope + slope_next) / 2
         x = x_next
     return x
-
-def churn(denoise, x, sigmas, draw):
-    """Heun with EDM's noise for 256 steps."""
-    return heun(denoise, x, sigmas, draw, s_churn=40)
 
 def consistency(denoise, x, sigmas, draw):
     """Denoise, and add the noise of the next level; n evaluations."""
@@ -84,35 +74,40 @@ def consistency(denoise, x, sigmas, draw):
             x = x + s_next * draw()
     return x
 
-SAMPLERS = {"heun": heun, "euler": euler, "churn": churn, "consistency": consistency}
+SAMPLERS = {"heun": heun, "euler": euler, "consistency": consistency}
 
 def noise_levels(config, sampler=None, steps=None, mid_sigma=0.821):
     """(sampler, sigmas) for a model; None: heun with 18 steps, or one step of a consistency model,
     whose further steps go from 80 to mid_sigma evenly in ln sigma."""
-    if sampler in ("churn", "consistency"):
-        check_noise("edm", f"--sampler {sampler}")
     if not sampler:
         sampler = "consistency" if config.consistency else "heun"
     check(sampler == "consistency" or not config.consistency, "this is a consistency model, which "
           "has a sampler of its own: leave out --sampler")
     if sampler == "consistency":
+        check_noise("edm", "--sampler consistency")
         return sampler, [*np.geomspace(80.0, mid_sigma, steps or 1).tolist(), 0.0]
     return sampler, sampler_levels(steps or 18).tolist()
 
-def guided(denoiser, labels, scale):
-    """denoise(x, sigma) with classifier-free guidance D_null + g (D_label - D_null).
-    Scale 1 evaluates only the labels, 0 only the null class."""
+def guided(denoiser, labels, scale, interval=None, guide=None):
+    """denoise(x, sigma) with guidance: D_bad + g (D - D_bad), where D_bad is the answer for the null
+    class, or that of a worse model `guide` (autoguidance, arXiv 2406.02507). Scale 1 evaluates only
+    D, 0 only D_bad. Guidance is for low < sigma <= high alone (arXiv 2404.07724)."""
+    low, high = interval or (0, math.inf)
+    if labels is None and guide is None:
+        scale = 1
 
     def denoise(x, sigma):
-        sigma = x.new_full((len(x),), sigma)
-        if labels is None or scale == 1:
-            return denoiser(x, sigma, labels=labels)
-        null = torch.full_like(labels, -1)
+        s = x.new_full((len(x),), sigma)
+        if scale == 1 or not low < sigma <= high:
+            return denoiser(x, s, labels=labels)
+        if guide:
+            bad = guide(x, s, labels=labels)
+        else:
+            bad = denoiser(x, s, labels=torch.full_like(labels, -1))
         if scale == 0:
-            return denoiser(x, sigma, labels=null)
-        both = denoiser(x.repeat(2, 1, 1), sigma.repeat(2), labels=torch.cat([labels, null]))
-        d_label, d_null = both.chunk(2)
-        return d_null + scale * (d_label - d_null)
+            return bad
+        good = denoiser(x, s, labels=labels)
+        return bad + scale * (good - bad)
 
     return denoise
 
@@ -124,11 +119,14 @@ def load_denoiser(path, weights="ema", device="cpu"):
     checkpoint = load_checkpoint(path)
     denoiser = Denoiser(ModelConfig(**checkpoint["architecture"]))
     denoiser.load_state_dict(checkpoint[WEIGHTS[weights]])
+    if not denoiser.config.num_classes:
+        checkpoint["class_names"] = []  # its data may have some
     return denoiser.to(device).eval().requires_grad_(False), checkpoint
 
 @torch.inference_mode()
 def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0.821,
-             cfg_scale=1.0, labels=None, batch_size=64, dtype=torch.float32):
+             cfg_scale=1.0, cfg_interval=None, guide=None, labels=None, batch_size=64,
+             dtype=torch.float32):
     """Yield the images of the given indices, batch by batch:
     numpy uint8 (b, H, W, C), or latents, float32 (b, C, H, W) on their own scale. `labels`:
     class numbers, cycled over the indices (default: all). Image i depends only on (seed, i)."""
@@ -149,7 +147,7 @@ def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0
         if labels:
             cycled = [labels[i % len(labels)] for i in batch]
             classes = torch.tensor(cycled, device=device)
-        denoise = guided(denoiser, classes, cfg_scale)
+        denoise = guided(denoiser, classes, cfg_scale, cfg_interval, guide)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             x = SAMPLERS[sampler](denoise, draw() * sigmas[0], sigmas, draw)
         images = unpatchify(x, c.patch_size).float().cpu()
@@ -162,10 +160,10 @@ def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0
             yield images.to(torch.uint8).numpy()
 
 # ---- Writers.
-def write_all(out, batches, num, batch_size, recipe, class_names):
+def write_all(out, draw, num, batch_size, recipe, class_names):
     """Write images to an .npz, with labels in arr_1 if there are classes, or to a folder of PNGs.
     Every process writes its share as part files, in a folder named by a hash of the recipe; parts
-    that an interrupted run left are used again. batches(numbers) generates images."""
+    that an interrupted run left are used again. draw(numbers) generates images."""
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     folder = f"{out}.{digest[:8]}.parts"
     os.makedirs(folder, exist_ok=True)
@@ -174,7 +172,7 @@ def write_all(out, batches, num, batch_size, recipe, class_names):
         path = f"{folder}/{start:06d}.npy"
         if not os.path.exists(path):
             numbers = range(start, min(start + batch_size, num))
-            images = np.concatenate(list(batches(numbers)))
+            images = np.concatenate(list(draw(numbers)))
             replace_file(path, lambda file: np.save(file, images))
     if WORLD_SIZE > 1:
         dist.barrier()
@@ -246,11 +244,12 @@ def images_per_pass(num_images, num_tokens, config, device):
 def add_flags(parser, batch_size):
     """The flags that sample.py and fid.py share; `sampling_settings` reads most of them."""
     add = parser.add
-    add("steps", None, "steps of the sampler; None = 18, or 1 of a consistency model; churn: give "
-        "256", int, low=1)
+    add("steps", None, "steps of the sampler; None = 18, or 1 of a consistency model", int, low=1)
     add("sampler", None, "None = heun, or consistency for such a model", choices=SAMPLERS)
     add("mid_sigma", None, "second noise level of a consistency model", float)
     add("cfg_scale", 1.0, "guidance scale; 1 = none")
+    add("cfg_interval", None, "noise levels with guidance: LOW HIGH; None = all", float, nargs=2)
+    add("guide_ckpt", None, "guide by this worse model, such as an earlier one, and not by no class")
     add("seed", 0, "seed of the noise")
     add("batch_size", batch_size, "images at a time", low=1)
     add("device", "auto", "where to run", choices=("auto", "cpu", "cuda"))
@@ -260,8 +259,9 @@ def sampling_settings(args, denoiser, checkpoint):
     """What `generate` is told by the flags of `add_flags`."""
     config = checkpoint["config"]
     has_null = denoiser.config.num_classes and config.get("label_dropout", 0.1)
-    check(args.cfg_scale == 1 or has_null, "--cfg_scale needs a model that was trained with "
-          "classes and without (--label_dropout)")
+    check(args.cfg_scale == 1 or has_null or args.guide_ckpt, "--cfg_scale needs a model that was "
+          "trained with classes and without (--label_dropout), or --guide_ckpt")
+    check(args.cfg_scale != 1 or not args.guide_ckpt, "--guide_ckpt needs a --cfg_scale, such as 2")
     mid_sigma = args.mid_sigma or config.get("mid_sigma", 0.821)
     sampler, sigmas = noise_levels(denoiser.config, args.sampler, args.steps, mid_sigma)
     return dict(
@@ -269,7 +269,25 @@ def sampling_settings(args, denoiser, checkpoint):
         sampler=sampler,
         steps=len(sigmas) - 1,
         mid_sigma=mid_sigma,
-        cfg_scale=args.cfg_scale)
+        cfg_scale=args.cfg_scale,
+        cfg_interval=args.cfg_interval)
+
+def same_task(a, b):
+    """Whether the answers of two networks (their ModelConfig) mean the same, but for classes."""
+    names = ("image_size", "channels", "patch_size", "latent", "consistency")
+    return all(getattr(a, name) == getattr(b, name) for name in names)
+
+def drawer(args, denoiser, checkpoint, settings):
+    """draw(numbers) -> `generate` with the flags and the settings."""
+    guide = None
+    if args.guide_ckpt:
+        device = next(denoiser.parameters()).device
+        guide, stored = load_denoiser(args.guide_ckpt, device=device)
+        same_classes = stored["class_names"] == checkpoint["class_names"]
+        check(same_classes and same_task(guide.config, denoiser.config), f"--guide_ckpt "
+              f"{args.guide_ckpt} is for other images or classes than the model")
+    return partial(generate, denoiser, guide=guide, batch_size=args.batch_size,
+                   dtype=getattr(torch, args.dtype), **settings)
 
 def class_numbers(text, names):
     """Numbers of the classes to draw, given by their names ("cat,dog"); None = all."""
@@ -290,7 +308,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     denoiser, checkpoint = load_denoiser(args.ckpt, args.weights, device)
-    names = checkpoint["class_names"] if denoiser.config.num_classes else []
+    names = checkpoint["class_names"]
     settings = sampling_settings(args, denoiser, checkpoint)
     settings["labels"] = class_numbers(args.labels, names)
     args.out = os.path.normpath(args.out)
@@ -306,17 +324,14 @@ def main(argv=None):
     if WORLD_SIZE > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # they meet before and after
 
-    def batches(numbers):
-        return generate(denoiser, numbers, batch_size=args.batch_size,
-                        dtype=getattr(torch, args.dtype), **settings)
-
+    draw = drawer(args, denoiser, checkpoint, settings)
     print0(f"{args.num} samples of {args.ckpt} at step {checkpoint['step']}: {settings}")
     if suffix != ".png":
         recipe = vars(args) | settings | dict(modified=os.path.getmtime(args.ckpt))
-        write_all(args.out, batches, args.num, args.batch_size, recipe, names)
+        write_all(args.out, draw, args.num, args.batch_size, recipe, names)
     elif RANK == 0:
         num_batches = math.ceil(args.num / args.batch_size)
-        made = progress_bar(batches(range(args.num)), "sampling", num_batches)
+        made = progress_bar(draw(range(args.num)), "sampling", num_batches)
         save_grid(args.out, np.concatenate(list(made)))
     if WORLD_SIZE > 1:
         dist.destroy_process_group()

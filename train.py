@@ -47,45 +47,52 @@ try:
 except ImportError:  # on Windows
     fcntl = None
 
-# ---- Presets: a network, and its recipes for the stages pt (masked), ft (whole images) and cm
-# (consistency), each in place of that of RECIPES. The defaults in `parse` are MaskDM's at 64 px.
-ECT = dict(  # arXiv 2406.14548, appendix, CIFAR-10; its networks have dropout, ours has none
-    steps=200_000, init_weights="ema", label_dropout=0.0, dtype="float32", sample_every=5000,
-    optimizer="radam", lr=1e-4, beta1=0.9, beta2=0.999, weight_decay=0.0, ema=0.9999,
-    p_mean=-1.1, p_std=2.0, cm_stages=8)
-ECT_IMAGENET64 = ECT | dict(
-    steps=100_000, optimizer="adamw", lr=1e-3, lr_schedule="rsqrt", beta2=0.99,
-    p_mean=-0.8, p_std=1.6, cm_stages=4, cm_q=4.0, cm_c=0.06, cm_weight="edm", mid_sigma=1.526)
-MASKDIT = dict(lr=1e-4, beta1=0.9, beta2=0.999, weight_decay=0.0, ema=0.9999)
-DEMO = dict(optimizer="muon", lr=2e-3, beta1=0.9, lr_schedule="cosine", warmup=100, grad_clip=1.0)
-RECIPES = dict(pt=dict(batch_size=256), ft=dict(sample_every=5000), cm=ECT)
+# ---- Presets: the flags that one stands for. Those of a network, and its recipes for the stages pt
+# (masked), ft (whole images) and cm (consistency), each in place of that of RECIPES. The defaults
+# in `parse` are MaskDM's at 64 px.
+ECT = ("--steps=200_000 --init_weights=ema --label_dropout=0 --dropout=0.2 --dtype=float32 "
+       "--optimizer=radam --lr=1e-4 --beta1=0.9 --beta2=0.999 --weight_decay=0 --ema=0.9999 "
+       "--p_mean=-1.1 --p_std=2 --cm_stages=8 --sample_every=5000 ")  # arXiv 2406.14548, CIFAR-10
+DIT = "--lr=1e-4 --beta1=0.9 --beta2=0.999 --weight_decay=0 --ema=0.9999 "
+DEMO = "--optimizer=muon --lr=2e-3 --beta1=0.9 --lr_schedule=cosine --warmup=100 --grad_clip=1 "
+RECIPES = dict(pt="--batch_size=256", ft="--sample_every=5000", cm=ECT)
 
-def network(dim, depth, heads, patch_size, **more):
-    """A preset: the network, its recipes and other settings."""
-    return dict(dim=dim, depth=depth, heads=heads, patch_size=patch_size, **more)
-
-PRESETS = {  # network(dim, depth, heads, patch_size)
-    "demo": network(128, 6, 4, 4,  # two CPU cores, ten minutes for both stages
-        pt=DEMO | dict(batch_size=48, steps=2300, lr=4e-3, lr_schedule="constant",
-                       eval_every=500, save_every=500),
-        ft=DEMO | dict(batch_size=4, steps=3400,
-                       eval_every=1700, sample_every=1700, save_every=1700),
-        cm=ECT | dict(batch_size=32, steps=1200, lr=2e-3, lr_schedule="cosine", ema=0.995,
-                      cm_stages=4, eval_every=500, sample_every=400, save_every=500)),
-    "maskdm-64": network(512, 13, 8, 4),
-    "maskdm-256": network(768, 13, 12, 4,
-        pt=dict(batch_size=256, block_size=4, steps=200_000, grad_clip=1.0),
-        ft=dict(batch_size=32, lr=1e-5, warmup=5000, grad_clip=1.0)),
-    "maskdit-xl": network(1152, 28, 16, 2,
-        decoder_depth=8, decoder_dim=512, decoder_heads=16, class_cond=True,
-        pt=MASKDIT | dict(batch_size=1024, steps=2_000_000, mask_type="patch"),
-        ft=MASKDIT | dict(batch_size=512, lr=5e-5)),
-    "dit-s": network(384, 12, 6, 2),
-    "dit-b": network(768, 12, 12, 2),
-    "dit-l": network(1024, 24, 16, 2),
-    "dit-xl": network(1152, 28, 16, 2),
-    "ect-cifar10": network(384, 12, 6, 2),
-    "ect-imagenet64": network(768, 12, 12, 4, cm=ECT_IMAGENET64),
+PRESETS = {
+    "demo": dict(  # two CPU cores, ten minutes for both stages
+        network="--dim=128 --depth=6 --heads=4 --patch_size=4",
+        pt=DEMO + "--batch_size=48 --steps=2300 --lr=4e-3 --lr_schedule=constant "
+        "--eval_every=500 --save_every=500",
+        ft=DEMO + "--batch_size=4 --steps=3400 "
+        "--eval_every=1700 --sample_every=1700 --save_every=1700",
+        cm=ECT + "--batch_size=32 --steps=1200 --lr=2e-3 --lr_schedule=cosine --dropout=0 "
+        "--ema=0.995 --cm_stages=4 --eval_every=500 --sample_every=400 --save_every=500"),
+    "maskdm-64": dict(network="--dim=512 --depth=13 --heads=8 --patch_size=4"),
+    "maskdm-256": dict(
+        network="--dim=768 --depth=13 --heads=12 --patch_size=4",
+        pt="--batch_size=256 --block_size=4 --grad_clip=1",
+        ft="--batch_size=32 --lr=1e-5 --warmup=5000 --grad_clip=1"),
+    "maskdit-xl": dict(
+        network="--dim=1152 --depth=28 --heads=16 --patch_size=2 --class_cond "
+        "--decoder_depth=8 --decoder_dim=512 --decoder_heads=16",
+        pt=DIT + "--batch_size=1024 --steps=2_000_000 --mask_type=patch",
+        ft=DIT + "--batch_size=512 --steps=100_000 --lr=5e-5"),
+    "tread-b": dict(
+        network="--dim=768 --depth=12 --heads=12 --patch_size=2 --class_cond --route=2,9",
+        pt=DIT + "--batch_size=256 --steps=400_000 --mask_type=patch",
+        ft=DIT + "--batch_size=256"),
+    "dit-s": dict(network="--dim=384 --depth=12 --heads=6 --patch_size=2"),
+    "dit-b": dict(network="--dim=768 --depth=12 --heads=12 --patch_size=2"),
+    "dit-l": dict(network="--dim=1024 --depth=24 --heads=16 --patch_size=2"),
+    "dit-xl": dict(network="--dim=1152 --depth=28 --heads=16 --patch_size=2"),
+    "ect-cifar10": dict(network="--dim=384 --depth=12 --heads=6 --patch_size=2"),
+    "ect-cifar10-1h": dict(
+        network="--dim=384 --depth=12 --heads=6 --patch_size=2",
+        cm=ECT + "--steps=8000 --cm_stages=1 --cm_q=256 --ema=0.9993"),
+    "ect-imagenet64": dict(
+        network="--dim=768 --depth=12 --heads=12 --patch_size=4",
+        cm=ECT + "--steps=100_000 --dropout=0.4 --optimizer=adamw --lr=1e-3 --lr_schedule=rsqrt "
+        "--beta2=0.99 --p_mean=-0.8 --p_std=1.6 --cm_stages=4 --cm_q=4 --cm_c=0.06 "
+        "--cm_weight=edm --mid_sigma=1.526"),
 }
 
 # ---- Settings. Precedence: command line > with --resume the run's > the preset's recipe for the
@@ -147,7 +154,7 @@ def parse(argv):
     # Optimization.
     add("batch_size", 128, "images per step over all processes", low=1)
     add("micro_batch", 0, "images per forward pass; 0 = as many as fit")
-    add("steps", 100_000, "optimizer steps of the whole run", low=1)
+    add("steps", 200_000, "optimizer steps of the whole run", low=1)
     add("optimizer", "adamw", "muon trains the matrices, AdamW the rest", choices=OPTIMIZERS)
     add("lr", 2e-4, "learning rate")
     add("lr_schedule", "constant", "learning rate after warm-up", choices=SCHEDULES)
@@ -156,6 +163,7 @@ def parse(argv):
     add("beta1", 0.99, "first beta of Adam", high=1)
     add("beta2", 0.99, "second beta of Adam", high=1)
     add("grad_clip", 0.0, "largest norm of the gradient; 0 = no limit")
+    add("dropout", 0.0, "dropout in the MLPs of the blocks, in training", high=1)
     add("ema", 0.999, "decay of the averaged weights", high=1)
     add("seed", 0, "seed of every random draw")
     add("device", "auto", "where to run", choices=("auto", "cpu", "cuda"))
@@ -181,16 +189,15 @@ def parse(argv):
     elif sample.pick_device(cfg.device).type == "cuda":
         parser.set_defaults(preset="maskdm-64")
     preset = RECIPES | PRESETS[parser.parse_args(flags).preset]
-    parser.set_defaults(class_cond=preset.get("class_cond", False), **preset[stage_of(cfg)])
+    recipe = f"{preset['network']} {preset[stage_of(cfg)]}"
+    parser.set_defaults(**vars(parser.parse_args(recipe.split())))
     # A default batch is one that the processes can share.
     local_batch = math.ceil(parser.get_default("batch_size") / WORLD_SIZE)
     parser.set_defaults(batch_size=local_batch * WORLD_SIZE)
-    architecture = preset  # or that of the checkpoint, if there is one
     if checkpoint:
         architecture = checkpoint["architecture"]
         parser.set_defaults(class_cond=architecture["num_classes"] > 0)
-    inherited = NETWORK_SETTINGS.keys() & architecture.keys()
-    parser.set_defaults(**{name: architecture[name] for name in inherited})
+        parser.set_defaults(**{name: architecture[name] for name in NETWORK_SETTINGS})
     if resumed:
         parser.set_defaults(**checkpoint["config"])
     parser.set_defaults(**vars(parser.parse_args(flags)))  # so that --help prints final values
@@ -356,11 +363,10 @@ def configure_optimizers(denoiser, cfg):
     optimizers = [OPTIMIZERS[cfg.optimizer](others, betas=betas, **settings)]
     if matrices:
         named_matrices = [(name, p) for name, p in named if p in matrices]
-        if named[0][1].device.type == "cuda":  # in bfloat16, which takes a CPU three times as long
-            muon = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
-        else:
-            muon = Muon
-        optimizers.append(muon(named_matrices, **settings))
+        muon = Muon(named_matrices, settings)
+        if named[0][1].device.type == "cuda":  # in bfloat16, for which GPUs are made
+            muon = torch.optim.Muon(named_matrices, adjust_lr_fn="match_rms_adamw", **settings)
+        optimizers.append(muon)
     return optimizers
 
 def set_learning_rates(optimizers, cfg, step):
@@ -389,15 +395,17 @@ def setup(cfg):
 def wrap(cfg, denoiser, ema, device):
     """The network to call in training: its gradients are averaged over the processes. A fork that
     shards the weights does it here, also to `ema`, before the optimizers are built."""
+    blocks = [module for module in denoiser.modules() if isinstance(module, Block)]
+    for block in blocks:
+        block.dropout = cfg.dropout
     if cfg.compile and device.type == "cuda" and importlib.util.find_spec("triton"):
         header = os.path.join(sysconfig.get_path("include"), "Python.h")
-        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        compiler = shutil.which(os.environ.get("CC", "cc"))
         check(compiler and os.path.exists(header), "torch.compile needs a C compiler and Python.h: "
               "install gcc and python3-dev, or give --no-compile")
         torch._dynamo.config.optimize_ddp = False  # it splits graphs to overlap; blocks do so, too
-        for module in denoiser.modules():
-            if isinstance(module, Block):  # all blocks share one graph
-                module.compile(dynamic=False, options=dict(combo_kernels=True))
+        for block in blocks:  # all share one graph; its dropout is that of torch, by the seed
+            block.compile(dynamic=False, options=dict(combo_kernels=True, fallback_random=True))
     if WORLD_SIZE == 1:
         return denoiser
     return DDP(denoiser, gradient_as_bucket_view=True, forward_sync_buffers=False)
@@ -476,9 +484,8 @@ def build(cfg, checkpoint, resumed, device):
 def load_teacher(cfg, config, names, device):
     """The network of --distill_from, if its predictions mean the same as this one's."""
     teacher, stored = sample.load_denoiser(cfg.distill_from, "ema", device)
-    known = stored["class_names"] if teacher.config.num_classes else []
-    same = all(getattr(teacher.config, name) == getattr(config, name) for name in (
-        "image_size", "channels", "patch_size", "latent", "consistency", "takes_all"))
+    known = stored["class_names"]
+    same = sample.same_task(teacher.config, config) and teacher.config.takes_all == config.takes_all
     same_classes = known == names[: len(known)] and len(known) <= config.num_classes
     check(same and same_classes and cfg.replay and cfg.loss == "diffusion",
           f"--distill_from={cfg.distill_from} needs --replay, --loss=diffusion and equal classes")
@@ -533,6 +540,7 @@ def accumulate_gradients(model, teacher, batch, cfg, step, micro_batch, local_ne
     means = defaultdict(float)
     for start in range(0, local_batch, micro_batch):
         chunk = slice_batch(batch, start, micro_batch)
+        chunk["seed"] = sample.seed_of(cfg.seed, 6, step, start, RANK)
         if teacher:
             chunk["target"] = distill_targets(teacher, chunk, local_new - start)  # may be < 0
         sync_gradients(model, start + micro_batch == local_batch)  # only the last time
@@ -678,12 +686,12 @@ def train(cfg, checkpoint, resumed, log):
         if step == first_step + 1:
             warm_up = seconds  # the first step may compile: images per second are without it
         if due(step, cfg.log_every) and bad_steps == 0:
-            num_images = (step - first_step - 1) * cfg.batch_size
-            rate = num_images / max(seconds - warm_up, 1e-9)
+            rate = (step - first_step - 1) * cfg.batch_size / max(seconds - warm_up, 1e-9)
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
             log(step, loss=loss, **mean_losses, grad_norm=grad_norm,
                 lr=optimizers[0].param_groups[0]["lr"], images_per_s=rate, seconds=seconds)
-        if len(held_out) and (step == cfg.steps or due(step, cfg.eval_every)):
+        evaluating = step == cfg.steps or due(step, cfg.eval_every)
+        if evaluating and len(held_out):
             with autocast:
                 val_loss = evaluate(ema, validation, cfg, eval_batch)
             log(step, val_loss=val_loss)

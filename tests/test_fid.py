@@ -106,8 +106,8 @@ def public_file(network, path):
     return str(path)
 
 
-def load_features(features, weights=None):
-    return fid.load_features(SimpleNamespace(features=features, weights=weights, device="cpu", dtype="float32"))
+def load_features(features, weights=None, resize="pytorch-fid"):
+    return fid.load_features(SimpleNamespace(features=features, weights=weights, resize=resize, device="cpu"))
 
 
 def test_inception_has_the_keys_and_the_number_of_values_of_the_public_file(inception):
@@ -557,7 +557,7 @@ def test_two_files_of_statistics_need_no_network(measure, tmp_path):
     np.savez(tmp_path / "b.npz", mu=np.ones(3), sigma=4 * np.eye(3))
     result = measure(tmp_path / "a.npz", tmp_path / "b.npz")
     assert result["fid"] == pytest.approx(6, rel=1e-12)
-    assert len(result["warnings"]) == 1  # nobody knows of which weights they are
+    assert len(result["warnings"]) == 2  # nobody knows of which weights they are, and of which resize
 
 
 @pytest.mark.parametrize("arrays", [
@@ -613,6 +613,53 @@ def test_a_checkpoint_is_sampled_in_the_dtype_asked_for_and_judged_in_float32(me
         result = measure(a, path, "--num=4", "--steps=2", f"--dtype={dtype}")
         assert result["b"]["dtype"] == dtype
     assert dtypes == [torch.float32, torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float32]
+
+
+# ---------------------------------------------------------------------------------------------
+# The resize of TensorFlow 1.
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (64, 48), (1, 7), (299, 299), (320, 500)])
+def test_tf1_resizes_as_the_loop_that_defines_it(height, width):
+    """Row i of 299 is row i * H / 299, between its neighbours; nothing lies behind the last one."""
+    x = np.random.default_rng(0).integers(0, 256, (2, 3, height, width), dtype=np.uint8)
+    expected = x.astype(np.float64)
+    for axis, size in (2, height), (3, width):
+        places = np.arange(299) * size / 299
+        low = np.floor(places).astype(int)
+        high = np.minimum(low + 1, size - 1)
+        share = np.expand_dims(places - low, (0, 1, 5 - axis))
+        expected = (1 - share) * expected.take(low, axis) + share * expected.take(high, axis)
+    found = fid.bilinear_tf1(torch.from_numpy(x))
+    assert np.abs(128 * found.numpy() + 128 - expected).max() < 0.02  # grey levels
+
+
+@pytest.mark.parametrize("size, pixels", [(32, 0.45), (64, 0.39), (256, 0.07)])
+def test_tf1_lies_half_a_pixel_of_the_source_minus_one_of_the_output_aside(size, pixels):
+    ramp = torch.arange(size, dtype=torch.uint8).expand(1, 3, size, size)
+    grey = lambda way: (way(ramp)[0, 0, 9, 40:200] + 1) * 127.5
+    shift = (grey(fid.bilinear_tf1) * 128 / 127.5 - grey(fid.bilinear)).mean().item()
+    assert shift == pytest.approx(0.5 - 0.5 * size / 299, abs=0.01) == pytest.approx(pixels, abs=0.01)
+
+
+def test_both_resizes_are_told_apart(measure, tmp_path, capsys):
+    a, b = (npz(tmp_path / f"{name}.npz", images(40, seed=i)) for i, name in enumerate("ab"))
+    found = {}
+    for resize in "pytorch-fid", "tf1":
+        common = ["--features=random", f"--resize={resize}", "--device=cpu"]
+        fid.main([a, f"--stats={tmp_path}/{resize}.npz", *common])
+        capsys.readouterr()
+        found[resize] = measure(f"{tmp_path}/{resize}.npz", b, *common)
+        assert found[resize]["resize"].startswith(resize)
+    assert abs(found["tf1"]["random_fd"] / found["pytorch-fid"]["random_fd"] - 1) > 1e-3
+    assert "the features differ" in mistake(fid.main, f"{tmp_path}/tf1.npz", b, "--features=random", "--device=cpu")
+
+
+def test_statistics_from_elsewhere_are_doubted(measure, tmp_path, inception, hub):
+    weights = public_file(inception, tmp_path / "w.pth")
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    result = measure(tmp_path / "adm.npz", npz(tmp_path / "b.npz", images(4)), f"--weights={weights}")
+    assert any("unknown resize" in text and "tf1" in text for text in result["warnings"])
 
 
 # ---------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def found(tmp_path_factory):
             train.main(flags(f"cpu/{name}", *run, "--device=cpu"))
     jobs = {name: dict(script="train", args=flags(f"gpu/{name}", *run), processes=PROCESSES.get(name, 1))
             for name, run in RUNS.items()}
-    draw = ["--ckpt", f"{top}/first/ft.pt", "--num=3", "--steps=2", "--cfg_scale=2", "--sampler=churn", "--out"]
+    draw = ["--ckpt", f"{top}/first/ft.pt", "--num=3", "--steps=2", "--cfg_scale=2", "--sampler=consistency", "--out"]
     jobs["sample"] = dict(script="sample", args=[*draw, f"{top}/sample.npz"])
     judge = [f"{top}/SET", f"{top}/OLD", "--features=random", "--num=4", "--metrics=fid,pr"]
     jobs["fid"] = dict(script="fid", args=judge)

@@ -182,8 +182,9 @@ def plain_network(denoiser, x, sigma, visible, label=None):
         return (v - mean) / torch.sqrt(var + 1e-6)
 
     sd = 0.5
-    angle = math.log(sigma) / 4 * net.freq
-    cond = torch.cat([torch.sin(angle), torch.cos(angle)])
+    num_freq = min(128, c.dim // 2)
+    angle = math.log(sigma) / 4 * (10000 ** -(torch.arange(num_freq).double() / num_freq)).float().to(x)
+    cond = torch.cat([torch.cos(angle), torch.sin(angle)])
     cond = linear(net.time_embed[2], torch.nn.functional.silu(linear(net.time_embed[0], cond)))
     if label is not None:
         cond = cond + net.label_embed.weight[label]
@@ -334,8 +335,8 @@ def test_positions_tell_apart_all_patches_and_follow_the_formula():
     assert positions.shape == (256, 64)
     assert torch.cdist(positions, positions).fill_diagonal_(1).min() > 0.1
     row, col, j = 5, 11, 7
-    assert math.isclose(positions[row * 16 + col, j], math.sin(row / 10000 ** (j / 16)), abs_tol=1e-6)
-    assert math.isclose(positions[row * 16 + col, 48 + j], math.cos(col / 10000 ** (j / 16)), abs_tol=1e-6)
+    assert math.isclose(positions[row * 16 + col, j], math.sin(col / 10000 ** (j / 16)), abs_tol=1e-6)
+    assert math.isclose(positions[row * 16 + col, 48 + j], math.cos(row / 10000 ** (j / 16)), abs_tol=1e-6)
 
 
 @pytest.mark.parametrize("ratio", [0, 0.5, 0.75])
@@ -422,10 +423,13 @@ def test_label_minus_1_is_the_last_row_of_the_table():
 
 
 def test_presets_have_the_published_sizes():
+    def network(name):
+        cfg, _, _ = train.parse([f"--preset={name}", "--device=cpu"])
+        return {key: getattr(cfg, key) for key in train.NETWORK_SETTINGS}
+
     def millions(name, **changes):
-        network = {key: value for key, value in train.PRESETS[name].items() if key in train.NETWORK_SETTINGS}
         with torch.device("meta"):
-            net = Denoiser(ModelConfig(**network, **changes))
+            net = Denoiser(ModelConfig(**network(name), **changes))
         return sum(p.numel() for p in net.parameters()) / 1e6
 
     # DiT table 1 (with 4 latent channels, two outputs per channel and 1000 classes there).
@@ -433,12 +437,14 @@ def test_presets_have_the_published_sizes():
         ours = millions(name, image_size=32, channels=4, num_classes=1000)
         assert abs(ours / published - 1) < 0.02, (name, ours)
     # MaskDM's networks have 13 blocks, which without adaLN are lighter (44.3 M and 102.4 M).
-    assert [train.PRESETS[name]["depth"] for name in ("maskdm-64", "maskdm-256")] == [13, 13]
+    assert [network(name)["depth"] for name in ("maskdm-64", "maskdm-256")] == [13, 13]
     assert millions("maskdm-64") == pytest.approx(62.5, abs=0.1)
     # MaskDiT sec. 4.1: the encoder of DiT-XL/2, and 8 blocks of width 512 on all tokens.
-    xl = train.PRESETS["maskdit-xl"]
-    assert xl.items() >= train.PRESETS["dit-xl"].items()
-    assert [xl[f"decoder_{name}"] for name in ("depth", "dim", "heads")] == [8, 512, 16]
+    xl = network("maskdit-xl")
+    decoder = {f"decoder_{name}": value for name, value in (("depth", 8), ("dim", 512), ("heads", 16))}
+    assert xl == network("dit-xl") | decoder
+    # TREAD's configs/model/tread.yaml: DiT-B/2, routed from block 2 until after block 8.
+    assert network("tread-b") == network("dit-b") | dict(route=(2, 9))
 
 
 @pytest.mark.parametrize("wrong, said", [
@@ -464,7 +470,7 @@ def test_sizes_that_do_not_fit_are_refused_in_a_sentence(wrong, said):
 def stored(denoiser, **changes):
     """What train.py writes."""
     return dict(model=denoiser.state_dict(), ema=denoiser.state_dict(), optimizer=[], config={}, step=1,
-                class_names=None, architecture=asdict(denoiser.config), noise="edm", network="dit") | changes
+                class_names=None, architecture=asdict(denoiser.config), noise="edm", network="dit-2") | changes
 
 
 @pytest.fixture
@@ -524,7 +530,7 @@ def test_fields_of_the_architecture_that_are_missing_or_unknown_are_named(tmp_pa
     assert all(f"'{word}'" in sentence for word in (name, "rope", "qk_norm")) and "not a whole" not in sentence
 
 
-@pytest.mark.parametrize("kind, ours", [("noise", "edm"), ("network", "dit")])
+@pytest.mark.parametrize("kind, ours", [("noise", "edm"), ("network", "dit-2")])
 def test_a_model_of_another_noise_or_network_is_refused_with_both_names(tmp_path, whole, kind, ours):
     sentence = refused(tmp_path, whole | {kind: "flow"})
     assert f"'{kind}': 'flow'" in sentence and ours in sentence and "not a whole" not in sentence

@@ -23,11 +23,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dataset, mistake
-from PIL import Image
+from PIL import Image, ImageOps
 
 import prepare_data
 from model import normalised
-from prepare_data import FACE_CLASSES, Decoder, Images, Parser, main, make_face, open_folder, open_source
+from prepare_data import FACE_CLASSES, FITS, Decoder, Images, Parser, main, make_face, open_folder, open_source
 
 SCRIPT = Path(prepare_data.__file__)
 SPLITS = ("train", "val")
@@ -330,15 +330,13 @@ def test_latents_round_trip_with_the_mean_and_deviation_of_each_channel(tmp_path
 
 
 @pytest.mark.parametrize("value", [0, 0.1, -3.7, 1e5])
-def test_a_constant_channel_of_latents_is_told_and_keeps_its_scale(tmp_path, capsys, value):
+def test_a_constant_channel_of_latents_keeps_its_scale(tmp_path, value):
     latents = np.random.default_rng(0).normal(size=(30, 4, 6, 6)).astype(np.float32)
     latents[:, 2] = value
     np.save(tmp_path / "z.npy", latents)
     out = prepare(tmp_path / "z.npy", tmp_path / "out")
     mean, deviation = open_folder(out)[2]["latent"]
-    said = capsys.readouterr().err
     assert deviation[2] == 1 and mean[2] == pytest.approx(value, abs=1e-6) and min(deviation) > 0.5
-    assert "channel 2 is constant" in said and said.count("is constant") == 1
     patches = Images(str(out)).read(np.arange(9), None, np.zeros(9, bool))
     seen = normalised(torch.from_numpy(patches), (mean, deviation)).unflatten(-1, (-1, 4))  # in training
     assert seen.isfinite().all() and seen[..., 2].abs().max() < 1e-6
@@ -1222,3 +1220,50 @@ def test_a_setting_has_the_type_of_its_default_and_its_range():
     assert not parser.parse_args(["--no-strict"]).strict
     for wrong in "--steps=4.5", "--steps=-1", "--lr=-0.1", "--lr=nan", "--only=a":
         assert wrong.split("=")[0] in mistake(parser.parse_args, wrong)
+
+
+# ---- As others prepare.
+def test_adms_crop_step_by_step(tmp_path):
+    """300 x 220 for 64: halved once, to 150 x 110; then 64 / 110 of that, 87 x 64; then 11 columns are cut off."""
+    pixels = np.random.default_rng(0).integers(0, 256, (220, 300, 3), dtype=np.uint8)
+    found = FITS["adm"](Image.fromarray(pixels), (64, 64))
+    halved = np.rint(pixels.reshape(110, 2, 150, 2, 3).mean((1, 3)) + 1e-9).astype(np.uint8)  # halves are rounded up
+    resized = np.asarray(Image.fromarray(halved).resize((87, 64), Image.Resampling.BICUBIC))
+    assert np.abs(np.asarray(found).astype(int) - resized[:, 11:75]).max() <= 2  # where a half was rounded down
+    small = np.asarray(FITS["adm"](Image.fromarray(pixels[:40, :50]), (64, 64)))  # enlarged: 80 x 64, 8 cut off
+    enlarged = np.asarray(Image.fromarray(pixels[:40, :50]).resize((80, 64), Image.Resampling.BICUBIC))
+    assert np.array_equal(small, enlarged[:, 8:72])
+
+
+@pytest.mark.parametrize("fit", ["adm", "lanczos"])
+def test_a_picture_is_fitted_as_the_flag_says(tmp_path, fit):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8))
+    (tmp_path / "src").mkdir()
+    for i in range(2):
+        picture.save(tmp_path / f"src/{i}.png")
+    out = prepare(tmp_path / "src", tmp_path / "out", "--size=16", f"--fit={fit}")
+    assert np.array_equal(open_folder(out)[0][0], FITS[fit](picture, (16, 16)))
+    one_step = ImageOps.fit(picture, (16, 16), Image.Resampling.LANCZOS)
+    assert np.array_equal(open_folder(out)[0][0], one_step) == (fit == "lanczos")
+
+
+def test_nothing_is_held_out_if_so_asked(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", arr_0=pixels, arr_1=np.arange(30) % 3)
+    out = prepare(tmp_path / "x.npz", tmp_path / "out", "--val_frac=0")
+    (train, labels, meta), (val, val_labels, _) = (open_folder(out, split) for split in SPLITS)
+    assert len(train) == len(labels) == 30 and len(val) == len(val_labels) == 0 and meta["num_val"] == 0
+    assert sorted(x.tobytes() for x in train) == sorted(x.tobytes() for x in pixels)
+    part = prepare(out, tmp_path / "part", "--val_frac=0", "--num=6")
+    assert [len(open_folder(part, split)[0]) for split in SPLITS] == [6, 0]
+
+
+def test_latents_are_multiplied_by_the_scale_instead_of_normalised(tmp_path):
+    z = np.random.default_rng(0).normal(3, 5, (20, 4, 6, 6)).astype(np.float32)
+    np.save(tmp_path / "z.npy", z)
+    out = prepare(tmp_path / "z.npy", tmp_path / "out", "--latent_scale=0.18215")
+    images = Images(str(out))
+    patches = torch.from_numpy(images.read(np.arange(19), None, np.zeros(19, bool)))
+    torch.testing.assert_close(normalised(patches, images.meta["latent"]), 0.18215 * patches)
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    assert "latents" in refused(tmp_path / "x.npz", "--out", tmp_path / "b", "--latent_scale=0.18215")

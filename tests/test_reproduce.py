@@ -213,8 +213,8 @@ def called(monkeypatch, capsys):
     monkeypatch.setattr(fid, "load_features", lambda args: (
         Colours(), "random_fd 0" if args.features == "random" else "fd 0"))
     monkeypatch.setattr(judge, "fit", lambda *_: judge.Judge().eval())
-    small = train.PRESETS["demo"] | dict(dim=32, depth=2, heads=2)
-    monkeypatch.setitem(train.PRESETS, "demo", small)
+    small = dict(network="--dim=32 --depth=2 --heads=2 --patch_size=4")
+    monkeypatch.setitem(train.PRESETS, "demo", train.PRESETS["demo"] | small)
 
     def call(script, *args, log):
         out = io.StringIO()

@@ -70,7 +70,7 @@ def test_samplers_converge_to_the_exact_ode_solution_with_their_order(sampler, o
     assert all(abs(slope - order) < 0.15 for slope in slopes), (errors, slopes)
 
 
-@pytest.mark.parametrize("sampler, evaluations", [("euler", 18), ("heun", 35), ("churn", 35), ("consistency", 18)])
+@pytest.mark.parametrize("sampler, evaluations", [("euler", 18), ("heun", 35), ("consistency", 18)])
 def test_evaluations_are_n_for_euler_and_2n_minus_1_for_heun(sampler, evaluations):
     calls = []
 
@@ -82,39 +82,6 @@ def test_evaluations_are_n_for_euler_and_2n_minus_1_for_heun(sampler, evaluation
     SAMPLERS[sampler](counted, 80 * x, sampler_levels(18).tolist(), lambda: torch.randn_like(x))
     assert len(calls) == evaluations
     assert calls[0] == pytest.approx(80) and min(calls) > 0
-
-
-def test_the_stochastic_sampler_draws_the_data_distribution():
-    g = torch.Generator().manual_seed(0)
-
-    def draw():
-        return torch.randn(50_000, generator=g, dtype=torch.float64)
-
-    noise = draw()
-    x = sample.churn(exact_denoiser, 80 * noise, sampler_levels(128).tolist(), draw)
-    assert abs(x.mean() - MEAN) < 0.01 and abs(x.std() - STD) < 0.015  # its noise is 0.3 % too large on purpose
-    correlation = torch.corrcoef(torch.stack([x, noise]))[0, 1]
-    assert abs(correlation) < 0.5  # it forgets its start, unlike the ODE, whose correlation is 1
-
-
-@pytest.mark.parametrize("steps", [7, 128])  # gamma is limited by sqrt(2) - 1, or not
-def test_the_stochastic_sampler_is_edm_algorithm_2_step_by_step(steps):
-    s_churn, s_min, s_max, s_noise = 40, 0.05, 50, 1.003  # EDM table 5, ImageNet-64
-    levels = sampler_levels(steps).tolist()
-    noise = torch.randn(5, dtype=torch.float64)
-    draws = list(torch.randn(steps, 5, dtype=torch.float64))
-    fresh = iter(draws)
-    ours = sample.churn(exact_denoiser, 80 * noise, levels, lambda: next(fresh))
-    x, fresh = 80 * noise, iter(draws)
-    for t, t_next in zip(levels[:-1], levels[1:]):
-        gamma = min(s_churn / steps, math.sqrt(2) - 1) if s_min <= t <= s_max else 0
-        t_hat = t + gamma * t
-        x_hat = x + math.sqrt(t_hat**2 - t**2) * s_noise * (next(fresh) if gamma else 0)
-        d = (x_hat - exact_denoiser(x_hat, t_hat)) / t_hat
-        x = x_hat + (t_next - t_hat) * d
-        if t_next:
-            x = x_hat + (t_next - t_hat) * (d + (x - exact_denoiser(x, t_next)) / t_next) / 2
-    assert torch.allclose(ours, x, rtol=1e-10)
 
 
 def test_the_state_of_the_sampler_loses_nothing_between_far_noise_levels():
@@ -171,7 +138,47 @@ def test_guidance_is_the_stated_combination_and_skips_unused_branches():
     assert torch.equal(sample.guided(net, labels, 0)(x, 0.8), d_null)
     assert net.evaluated == [6, 6]
     assert torch.allclose(sample.guided(net, labels, 3)(x, 0.8), d_null + 3 * (d_label - d_null))
-    assert net.evaluated == [6, 6, 12]
+    assert net.evaluated == [6, 6, 6, 6]
+
+
+def test_guidance_by_a_worse_model_and_within_an_interval():
+    net = TwoGaussians()
+    worse = lambda x, sigma, labels: net(x, sigma, labels) * 0.5 + 0.1
+    x, labels = torch.randn(6, 1, 3, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 0, 1])
+    answer = net(x, torch.full((6,), 0.8, dtype=torch.float64), labels)
+    bad = answer * 0.5 + 0.1
+    for scale, expected in (1, answer), (0, bad), (2.5, bad + 2.5 * (answer - bad)):
+        torch.testing.assert_close(sample.guided(net, labels, scale, guide=worse)(x, 0.8), expected)
+    for interval, inside in ((0.8, 9), False), ((0.2, 0.8), True), ((0.79, 0.81), True), ((0.1, 0.7), False):
+        for guide in None, worse:
+            limited = sample.guided(net, labels, 3, interval, guide)(x, 0.8)
+            everywhere = sample.guided(net, labels, 3, guide=guide)(x, 0.8)
+            torch.testing.assert_close(limited, everywhere if inside else answer)
+
+
+def test_a_model_without_classes_can_be_guided_by_an_earlier_version(tmp_path):
+    ckpt, other = make_checkpoint(tmp_path / "a.pt"), make_checkpoint(tmp_path / "wide.pt", dim=64)
+    half = torch.load(ckpt, weights_only=True)
+    for tensor in half["ema"].values():
+        tensor.mul_(0.5)
+    torch.save(half, tmp_path / "half.pt")
+    out = ["--num=2", "--steps=2", "--device=cpu", "--batch_size=2", "--out"]
+    drawn = {}
+    for name, flags in {
+            "plain": [], "guided": ["--cfg_scale=3", "--guide_ckpt", tmp_path / "half.pt"],
+            "only the guide": ["--cfg_scale=0", "--guide_ckpt", tmp_path / "half.pt"],
+            "by another network": ["--cfg_scale=3", "--guide_ckpt", other],
+            "nowhere": ["--cfg_scale=3", "--guide_ckpt", other, "--cfg_interval", "90", "99"]}.items():
+        sample.main(["--ckpt", str(ckpt), *out, str(tmp_path / f"{name}.npz"), *map(str, flags)])
+        drawn[name] = np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int)
+    sample.main(["--ckpt", str(tmp_path / "half.pt"), *out, str(tmp_path / "half.npz")])
+    assert np.array_equal(drawn["only the guide"], np.load(tmp_path / "half.npz")["arr_0"])
+    assert np.array_equal(drawn["nowhere"], drawn["plain"])
+    assert all(np.abs(drawn["plain"] - drawn[name]).max() > 2 for name in ("guided", "by another network"))
+    wrong = make_checkpoint(tmp_path / "classes.pt", classes=3)
+    request = ["--ckpt", ckpt, *out, tmp_path / "x.npz", "--guide_ckpt"]
+    assert "other images or classes" in mistake(sample.main, *request, wrong, "--cfg_scale=2")
+    assert "--cfg_scale" in mistake(sample.main, *request, other)
 
 
 @pytest.mark.parametrize("scale", [0, 1, 2, 4])

@@ -294,9 +294,10 @@ def place(path, step=1, config=(), **architecture):
 
 
 def test_what_is_typed_wins_then_the_resumed_run_the_recipe_and_the_default(tmp_path, monkeypatch):
-    monkeypatch.setitem(train.RECIPES, "ft", dict(seed=2))
-    for name, dim, recipes in ("plain", 24, {}), ("own", 28, dict(ft=dict(seed=3), cm=dict(seed=4, p_mean=-9.0))):
-        monkeypatch.setitem(train.PRESETS, name, train.network(dim, 1, 1, 4, **recipes))
+    monkeypatch.setitem(train.RECIPES, "ft", "--seed=2")
+    for name, dim, recipes in ("plain", 24, {}), ("own", 28, dict(ft="--seed=3", cm="--seed=4 --p_mean=-9")):
+        network = f"--dim={dim} --depth=1 --heads=1 --patch_size=4"
+        monkeypatch.setitem(train.PRESETS, name, dict(network=network, **recipes))
     out = f"--out_dir={tmp_path}/run", "--resume"
     place(tmp_path / "run/ft.pt", config=dict(preset="own", seed=5, dim=36, p_mean=-8.0), dim=36)
     start = f"--init_from={place(tmp_path / 'first.pt', config=dict(preset='own', seed=5, p_mean=-8.0), dim=40)}"
@@ -443,7 +444,7 @@ def test_stage_2_starts_from_the_raw_weights_of_stage_1_or_their_average(dataset
 def test_training_learns(dataset, tmp_path):
     train.main(flags_for(dataset, tmp_path, "--steps=250", "--log_every=1", *TINY, "--lr=1e-2"))
     curve = list(losses(tmp_path).values())
-    assert len(curve) == 250 and np.mean(curve[-10:]) < 0.5 * np.mean(curve[:10])
+    assert len(curve) == 250 and np.mean(curve[-10:]) < 0.55 * np.mean(curve[:10])
 
 
 @pytest.mark.parametrize("first, second, constant", [
@@ -491,7 +492,7 @@ def test_muon_is_that_of_torch(shapes):
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    a = model.Muon(ours, lr=0.1, weight_decay=0.03)
+    a = model.Muon(ours, dict(lr=0.1, weight_decay=0.03))
     b = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.03, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
         for p, q in zip(ours, theirs):
@@ -1245,7 +1246,7 @@ def test_without_a_compiler_the_way_out_is_told(monkeypatch, tmp_path):
     monkeypatch.delenv("CC", raising=False)
     denoiser, gpu = Denoiser(SMALL), torch.device("cuda", 0)
     wrap = lambda flags: train.wrap(settings(*flags), denoiser, denoiser, gpu)
-    for tools in ({}, {"gcc": "/usr/bin/gcc"}):  # no Python.h either
+    for tools in ({}, {"cc": "/usr/bin/cc"}):  # no Python.h either
         monkeypatch.setattr(train.shutil, "which", tools.get)
         assert "--no-compile" in mistake(wrap, "--steps=3")
     assert wrap(["--no-compile"]) is denoiser and not compiled
@@ -1381,3 +1382,70 @@ def test_sigterm_to_torchrun_saves_once_on_all_processes(dataset, tmp_path, caps
     assert step > 0 and not (tmp_path / "ft.prev.pt").exists()
     train.main([f"--out_dir={tmp_path}", "--resume", f"--steps={step + 1}"])
     assert starts_at(capsys) == step
+
+
+# ---- Dropout: by (seed, step, part, process).
+def dropped(monkeypatch):
+    """Records which values every dropout leaves out."""
+    seen = []
+    original = torch.nn.functional.dropout
+
+    def watched(h, p, training):
+        out = original(h, p, training)
+        if training and p:
+            seen.append((out == 0) & (h != 0))
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", watched)
+    return seen
+
+
+def test_dropout_leaves_out_its_share_and_both_evaluations_of_a_pair_the_same(dataset, tmp_path, monkeypatch):
+    seen = dropped(monkeypatch)
+    train.main(flags_for(dataset, tmp_path, *TINY, "--loss=consistency", "--steps=2", "--dropout=0.3", "--micro_batch=6"))
+    assert len(seen) == 2 * 2 * 2 * 2  # steps, parts, evaluations of a pair, blocks; none in validation
+    parts = [seen[i : i + 4] for i in range(0, 16, 4)]  # two blocks for f_r, two for f_t
+    for first, second, *again in parts:
+        assert torch.equal(first, again[0]) and torch.equal(second, again[1]) and not torch.equal(first, second)
+    assert not any(torch.equal(a[0], b[0]) for i, a in enumerate(parts) for b in parts[:i])
+    share = torch.cat([mask.flatten() for mask in seen]).float().mean().item()
+    assert share == pytest.approx(0.3, abs=0.01)
+
+
+def test_dropout_goes_on_as_if_nothing_had_happened_and_processes_differ(dataset, tmp_path, monkeypatch):
+    flags = [*TINY, "--dropout=0.2", "--log_every=1"]
+    train.main(flags_for(dataset, tmp_path / "a", *flags, "--steps=6"))
+    train.main(flags_for(dataset, tmp_path / "b", *flags, "--steps=3"))
+    torch.manual_seed(5)  # whatever else is drawn
+    train.main([f"--out_dir={tmp_path}/b", "--resume", "--steps=6"])
+    a, b = (load_checkpoint(str(tmp_path / name / "ft.pt"))["model"] for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    train.main(flags_for(dataset, tmp_path / "none", *TINY, "--steps=6", "--log_every=1"))
+    assert losses(tmp_path / "none") != losses(tmp_path / "a")
+    seeds = []
+    monkeypatch.setattr(train, "objective", lambda model, chunk, cfg, step: (seeds.append(chunk["seed"]), dict(
+        x=model(chunk["clean"], chunk["sigma"]).square().mean((1, 2))))[1])
+    denoiser = Denoiser(SMALL)
+    cfg = settings("--dropout=0.2")
+    for rank in 0, 1:
+        monkeypatch.setattr(train, "RANK", rank)
+        batch = stream_of(dataset, rank=rank, world=2).load(4)
+        train.accumulate_gradients(denoiser, None, batch, cfg, 4, 3, 6)
+    assert len(set(seeds)) == 4
+
+
+def test_dropout_is_of_this_run_and_not_of_the_network(dataset, tmp_path):
+    train.main(flags_for(dataset, tmp_path, *TINY, "--steps=2", "--dropout=0.9"))
+    denoiser, checkpoint = sample.load_denoiser(str(tmp_path / "ft.pt"))
+    assert "dropout" not in checkpoint["architecture"] and checkpoint["config"]["dropout"] == 0.9
+    x = torch.randn(2, 16, 48)
+    assert torch.equal(denoiser(x, torch.ones(2)), denoiser(x, torch.ones(2)))
+    cfg, _, _ = train.parse([f"--init_from={tmp_path}/ft.pt", "--device=cpu"])
+    assert cfg.dropout == 0
+
+
+def test_a_set_without_validation_images_trains_without_validation(tmp_path):
+    data = make_dataset(tmp_path / "set", n_val=0)
+    train.main(flags_for(data, tmp_path / "out", *TINY, "--steps=2", "--eval_every=1", "--log_every=1"))
+    assert (tmp_path / "out/ft.pt").exists() and not any("val_loss" in r for r in records(tmp_path / "out"))
+    assert "--val_frac" in mistake(fid.main, data, tmp_path / "out/ft.pt", "--metrics=bpd", "--device=cpu")

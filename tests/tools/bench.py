@@ -63,7 +63,8 @@ def clock(work, repeats=5):
 
 def preset_config(preset, **more):
     """The ModelConfig of a preset, for images that `more` tells of."""
-    sizes = {name: value for name, value in train.PRESETS[preset].items() if name in train.NETWORK_SETTINGS}
+    cfg, _, _ = train.parse(["--device=cpu", f"--preset={preset}"])
+    sizes = {name: getattr(cfg, name) for name in train.NETWORK_SETTINGS}
     return model.ModelConfig(**sizes | more)
 
 def draw_batch(config, n, ratio, mask_type="patch", block_size=1, device="cpu"):

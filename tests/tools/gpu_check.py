@@ -35,7 +35,7 @@ from prepare_data import Parser, check, run_script
 
 REPORTS = ["--eval_every=0", "--sample_every=0", "--save_every=0", "--log_every=1", "--warmup=2"]
 BIG = dict(network=["--preset=maskdm-64"], batch=256, steps=60, size=64, images=2048)
-TOY = dict(network=["--preset=dit-s", "--dim=32", "--depth=2", "--heads=2", "--lr=1e-3", "--patch_size=4"],
+TOY = dict(network=["--preset=demo", "--dim=32", "--depth=2", "--heads=2", "--lr=1e-3", "--patch_size=4"],
            batch=16, steps=6, size=16, images=64)
 
 class Session:

@@ -30,7 +30,7 @@ def decode(vae, latents, out):
     parts = []
     for part in z.split(BATCH):
         pixels = (vae.decode(part.cuda()).sample + 1) * 127.5
-        parts.append(pixels.round().clamp(0, 255).byte().cpu().permute(0, 2, 3, 1).numpy())
+        parts.append(pixels.clamp(0, 255).byte().cpu().permute(0, 2, 3, 1).numpy())  # truncated, as MaskDiT does
     np.savez(out, arr_0=np.concatenate(parts))
 
 
