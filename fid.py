@@ -8,7 +8,7 @@ python fid.py data/old,data/new out/ft.pt --metrics bpd         # losses by nois
 
 A source is a prepared folder (its training images; data/faces/val.npy are those held out), a
 folder or archive of images, an .npz of images (arr_0) or of statistics (mu, sigma), or a checkpoint
-(.pt). Features and resize are those of pytorch-fid; --resize tf1 is that of ADM's and EDM's figures.
+(.pt). Features and resize are pytorch-fid's; --resize tf1 is that of ADM's and EDM's figures.
 """
 
 import hashlib
@@ -44,7 +44,6 @@ halve = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 class Conv(nn.Module):
     """Convolution, batch norm, ReLU."""
-
     def __init__(self, c_in, c_out, kernel, stride=1, padding="same"):
         super().__init__()
         if stride == 2:
@@ -56,10 +55,8 @@ class Conv(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 class Mixed(nn.Module):
-    """Branches side by side, each a list of convolutions (channels out, kernel[, stride]), whose
-    names end in _1, _2, ... if there are several. Two in a list run in parallel, as a and b, like
-    branch3x3_2a and branch3x3_2b. branch_pool begins with the pool."""
-
+    """Branches side by side: lists of convolutions (channels out, kernel[, stride]), named by _1,
+    _2, ... if there are several; two in a list run in parallel, as 2a and 2b. branch_pool pools."""
     def __init__(self, c_in, pool, **branches):
         super().__init__()
         self.pool = pool
@@ -132,8 +129,7 @@ def bilinear(x):
     return 2 * x - 1
 
 def bilinear_tf1(x):
-    """The same as in TensorFlow 1, where row i of the output is row i * H / 299 of the input; the
-    centres of the pixels would have been half a pixel further on."""
+    """As in TensorFlow 1, where row i of the output is row i * H / 299 of the input."""
     batch, _, height, width = x.shape
     theta = torch.eye(2, 3, device=x.device)  # from places in the output to places in the input
     theta[0, 2] = 1 / width - 1 / 299
@@ -280,7 +276,6 @@ def image_source(path, args, temp_dir):
             yield image
         rejected = decoder.rejected
         check(not rejected, f"{path}: cannot read {rejected[:9]}: mend or remove it")
-
     return Source(path, dict(kind="images"), num, images)
 
 # ---- One pass over the images. For the Frechet distance alone, memory does not grow with them.
@@ -329,8 +324,7 @@ def matrix_factor(sigma):
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^1/2 (Dowson & Landau 1982), at least 0. With
-    S = A A^T the last trace is the sum of the singular values of A1^T A2: never imaginary, right
-    for singular S, and with all its digits, half of which the eigenvalues of S1 S2 would lose."""
+    S = A A^T the last trace is the sum of the singular values of A1^T A2, also for singular S."""
     product = matrix_factor(sigma1).T @ matrix_factor(sigma2)
     cross = torch.linalg.svdvals(product).sum().item()
     means = np.sum((mu1 - mu2) ** 2)
@@ -353,7 +347,6 @@ def kid(x, y, subsets=100, size=1000, seed=0):
 
     def subset(features):
         return features[rng.choice(len(features), size, replace=False)].double()
-
     values = [mmd(subset(x), subset(y)) for _ in range(subsets)]
     return {"kid": np.mean(values), "kid_std": np.std(values)}
 
@@ -396,7 +389,6 @@ def variational_bound(denoise, values, generator):
 
     def randn():
         return torch.randn(x.shape, generator=generator).to(x.device)
-
     losses = []
     nats = x.square().sum((1, 2)) / (2 * SIGMA_MAX**2)
     for i in range(BINS):
@@ -413,8 +405,7 @@ def variational_bound(denoise, values, generator):
     return nats / (math.log(2) * x[0].numel()), torch.stack(losses, dim=1)
 
 def bits_per_dim(folder, denoiser, class_names, args):
-    """Losses by noise level, bits per dimension and their standard error of a model on the first
-    validation images of a prepared set."""
+    """Losses by noise level and bits per dimension of a model on a set's validation images."""
     config = denoiser.config
     images = Images(folder, "val", config.patch_size, class_names)
     form = (images.meta["size"], images.meta["channels"], images.meta["dtype"])

@@ -98,7 +98,6 @@ def block_mask(grid, mask_ratio, block_size):
         row = blocks // g * b + inside[:, None]
         col = blocks % g * b + inside
         return (row * grid + col).flatten(1).sort(dim=1).values
-
     return num_shown * b**2, draw
 
 def patch_mask(grid, mask_ratio, block_size):
@@ -117,7 +116,6 @@ def crop_mask(grid, mask_ratio, block_size):
         row = corner[0] + inside[:, None]
         col = corner[1] + inside
         return (row * grid + col).flatten(1)
-
     return side**2, draw
 
 MASKS = {"patch": patch_mask, "block": block_mask, "crop": crop_mask}
@@ -170,7 +168,6 @@ def modulate(x, shift, scale):
 
 class Block(nn.Module):
     """Transformer block; the condition modulates its norms and residuals (DiT, adaLN-Zero)."""
-
     dropout = 0.0  # share of the MLP's inner values that training leaves out
 
     def __init__(self, dim, heads, cond_dim):
@@ -211,12 +208,9 @@ def run_blocks(blocks, x, cond):
 
 class DiT(nn.Module):
     """tokens, c_noise (B,), visible (B, K) or None, labels (B,) (-1 = none) -> output like tokens.
-
-    tokens are the visible ones (B, K, p*p*C); with a decoder or a route they are all of them,
-    (B, N, p*p*C). With a decoder the blocks see only the visible ones, and the decoder sees their
-    outputs, with one learned token in every hidden place (MaskDiT fig. 2). With a route the hidden
-    tokens skip the blocks A to B - 1 (TREAD fig. 2)."""
-
+    tokens are the visible ones (B, K, p*p*C); with a decoder or a route all, (B, N, p*p*C). A
+    decoder sees the blocks' outputs for the visible ones, and one learned token in every hidden
+    place (MaskDiT fig. 2). On a route hidden tokens skip the blocks A to B - 1 (TREAD fig. 2)."""
     def __init__(self, config):
         super().__init__()
         c = config
@@ -251,8 +245,7 @@ class DiT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        # At first every block is the identity, and the output is zero (DiT sec. 3.2), as is the
-        # input of the decoder (MaskDiT).
+        # At first a block is the identity, and outputs are zero (DiT sec. 3.2; MaskDiT).
         zero = [self.final_adaLN, self.final_linear]
         blocks = [module for module in self.modules() if isinstance(module, Block)]
         zero += [block.adaLN for block in blocks]
@@ -316,8 +309,7 @@ class DiT(nn.Module):
         return run_blocks(self.decoder, x, cond)
 
 # ---- The noise model, EDM: all that knows how noise is added. Another one changes this section.
-# Checkpoints say with which noise model and which network they were trained. Change the name when
-# you change the code behind it: old checkpoints then stop with a sentence, not with wrong results.
+# Change a name when you change the code behind it: old checkpoints are then refused.
 NOISE = "edm"
 NETWORK = "dit-2"
 SIGMA_DATA = 0.5  # standard deviation of the data; latents are normalised to it
@@ -368,7 +360,6 @@ class Denoiser(nn.Module):
     """Preconditioning around the network: D(x; sigma), the denoised tokens (EDM eq. 7).
     x noisy tokens, (B, K, p*p*C), or (B, N, p*p*C) if config.takes_all; sigma (B,) > 0; visible
     (B, K) or None; labels (B,), -1 = no class. Returns float32 (or wider) of x's shape."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -389,9 +380,8 @@ class Denoiser(nn.Module):
 
 # ---- Losses: functions of tensors that draw nothing themselves.
 def reconstruction_loss(denoised, noisy, visible):
-    """Error of each image over its masked patches, (B,) (MaskDiT sec. 3.3).
-    denoised, noisy (B, N, p*p*C), visible (B, K), K < N. The target is the noisy patch, normalised
-    by its own mean and variance; it is not weighted by the noise level."""
+    """Error of each image over its masked patches, (B,) (MaskDiT sec. 3.3); denoised, noisy (B, N,
+    p*p*C), visible (B, K), K < N. The target is the noisy patch, normalised by itself."""
     mean = noisy.mean(dim=2, keepdim=True)
     variance = noisy.var(dim=2, keepdim=True)
     target = (noisy - mean) / (variance + 1e-6).sqrt()
@@ -408,8 +398,7 @@ def consistency_step(t, stage, q=2.0, k=8.0):
 def posterior_mean(x, clean, sigma, references, allowed=None):
     """Mean of the images that may lie behind x, (B, N, d) (STF, arXiv 2302.00670, eq. 6; SCT).
     sum_i a_i y_i over y itself (clean) and R references, a = softmax(-|x - y_i|^2 / (2 sigma^2)).
-    x, clean (B, N, d) and sigma (B,); references (R, N, d), of which, with allowed (B, R) bool,
-    image j sees allowed[j]."""
+    x, clean (B, N, d), sigma (B,), references (R, N, d); image j sees those of allowed[j] (R,)."""
     refs = references.flatten(1).double()  # (R, N*d): small differences of large numbers
     own_square = x.double().square().sum((1, 2))
     product = x.flatten(1).double() @ refs.T  # (B, R)
@@ -517,8 +506,7 @@ def fisher_information(denoiser, batch, autocast):
 
 @torch.no_grad()
 def distill_targets(teacher, batch, num_new):
-    """Targets (b, K, d): the first num_new images themselves, and for the old ones after them the
-    teacher's prediction (arXiv 2311.14028)."""
+    """Targets (b, K, d): num_new images, then the teacher's answers for old ones (2311.14028)."""
     clean = batch["clean"]
     num_new = min(max(num_new, 0), len(clean))
     if num_new == len(clean):
@@ -531,14 +519,11 @@ def distill_targets(teacher, batch, num_new):
 
 # ---- An optimizer for matrices.
 def newton_schulz(x):
-    """The singular values of x (n, m), n <= m, moved towards 1 in five iterations, which run on n x
-    n matrices."""
-
+    """The singular values of x (n, m), n <= m, moved towards 1, by iterations on n x n matrices."""
     def polynomial(square):
         factor = torch.addmm(square, square, square, beta=-4.775, alpha=2.0315)
         factor.diagonal().add_(3.4445)
         return factor
-
     square = x @ x.mT
     norm = square.trace().clamp_min(1e-30)  # squared Frobenius norm
     square = square / norm
@@ -553,7 +538,6 @@ def newton_schulz(x):
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal, for matrices; updates as large as AdamW's (arXiv 2502.16982). As
     torch.optim.Muon, but in float32, never less, and on smaller products: for a CPU."""
-
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -630,8 +614,7 @@ def load_checkpoint(path, resume=False):
     return dict(model=weights, ema=weights, config={}, step=0, class_names=class_names) | checkpoint
 
 def find_checkpoint(path):
-    """The run at `path` to resume, or the checkpoint before if that is damaged; None if there is
-    none."""
+    """The run at `path` to resume, or if that is damaged the one before; None if there is none."""
     candidates = [file for file in (path, previous(path)) if os.path.exists(file)]
     for file in candidates:
         try:
@@ -644,8 +627,7 @@ def find_checkpoint(path):
 
 def load_what_fits(denoiser, weights):
     """Load weights by name where the shapes agree; returns the names of those that start afresh.
-    In the label embedding known classes keep their rows, "no class" stays the last row, and the
-    rows of new classes between them start afresh."""
+    Known classes keep their rows, and "no class" its last one; rows of new classes start afresh."""
     own = denoiser.state_dict()
     labels = "net.label_embed.weight"
     if labels in own and labels in weights and own[labels].shape[1] == weights[labels].shape[1]:

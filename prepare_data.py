@@ -30,14 +30,14 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageOps
 from tqdm import tqdm
 
 def check(condition, message):
-    """A user's mistake is a ValueError with one sentence: what was found, what was expected, what
-    to do. `run_script` prints it."""
+    """A user's mistake is a ValueError with one sentence, which `run_script` prints."""
     if not condition:
         raise ValueError(message)
 
@@ -45,21 +45,15 @@ def say(text):
     """Print above a progress bar, if there is one."""
     tqdm.write(text, file=sys.stderr)
 
-class LineWriter:
-    """What a progress bar writes, as lines."""
-
-    def write(self, text):
-        if text.strip():
-            print(text.strip(), file=sys.stderr)
-
-    def flush(self):
-        pass
-
 def progress_bar(*args, **how):
     """tqdm; where stderr is no terminal but a log, a line at most every 30 seconds."""
+    def write(text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
     if sys.stderr.isatty():
         return tqdm(*args, **how)
-    return tqdm(*args, mininterval=30, file=LineWriter(), **how)
+    lines = SimpleNamespace(write=write, flush=sys.stderr.flush)
+    return tqdm(*args, mininterval=30, file=lines, **how)
 
 # ---- What training reads.
 def open_folder(folder, split="train"):
@@ -83,12 +77,10 @@ def open_folder(folder, split="train"):
 
 class Images:
     """The images of one or several data sets ("data/a,data/b"), as one list.
-
     To train on something else, write a class with these four: `len`; `labels`, int64 (N,), -1 = no
     class; `meta`, a dictionary with size, channels, class_names (or None) and latent (None, or mean
     and deviation of each channel); and `read`. Classes are united by name, after `class_names`,
     those that a checkpoint knows."""
-
     def __init__(self, folders, split="train", patch_size=1, class_names=()):
         self.patch_size = patch_size
         self.arrays = []  # of each folder, (N, H, W, C)
@@ -113,7 +105,6 @@ class Images:
 
     def read(self, index, visible, flip):
         """Patches (b, K, p*p*C) of the images `index` (b,), without touching any other patch.
-
         visible: (b, K) patch numbers, None = all. flip: (b,) bool, which images to mirror; their
         `visible` counts the patches of the mirrored image."""
         p = self.patch_size
@@ -183,8 +174,7 @@ def list_files(root):
     return [path for path in sorted(paths) if not re.search(r"(^|/)(\.|@|__)", path)]
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-# A split's name, then nothing, a capital letter, or anything that begins with no letter: trainA,
-# test2017, val_64, testset and dev, but neither trains nor valley nor device.
+# Such as trainA, test2017, val_64, testset and dev, but neither trains nor valley nor device.
 LOOKS_LIKE_SPLIT = r"(?i:(train|val|valid|validation|test|dev)(ing|set)?)([A-Z]|[^a-zA-Z].*)?"
 
 def file_source(root, paths):
@@ -197,7 +187,6 @@ def file_source(root, paths):
     images = [path for path in paths if path.lower().endswith(tuple(suffixes))]
     left_out = Counter(os.path.splitext(path)[1] for path in set(paths) - set(images))
     check(images, f"it holds no images, but {dict(left_out)}")
-
     folders = [re.split(r"[/\\]", path)[:-1] for path in images]  # some .zip files hold a\b.png
     shared = len(os.path.commonprefix(folders))
     folders = [folder[shared:] or [""] for folder in folders]  # "" = in no folder
@@ -211,7 +200,6 @@ def file_source(root, paths):
         check(not re.fullmatch(LOOKS_LIKE_SPLIT, name), f"the folder {name} looks like a split, "
               "but not all first folders are train, val or test: rename it, or prepare one alone")
     classes = dataset_json(root, paths, images) or classes
-
     train_has_classes = any(c for c, split in zip(classes, splits) if split == "train")
     rows = []
     for split, image, name in zip(splits, images, classes):
@@ -229,8 +217,7 @@ def file_source(root, paths):
     return Source(names, lambda i: f"{root}/{names[i]}", classes, num_val=splits.count("val"))
 
 def dataset_json(root, paths, images):
-    """Classes of the images by EDM's dataset.json, {"labels": [["00000/img.png", 3], ...]}, or null
-    for none. None if there is no such file, or if it is about something else."""
+    """Classes by EDM's dataset.json, {"labels": [["00000/img.png", 3], ...] or null}, or None."""
     if "dataset.json" not in paths:
         return None
     try:
@@ -243,13 +230,11 @@ def dataset_json(root, paths, images):
         return None
     return [labels.get(image, "") for image in images]
 
-ARRAY_NAMES = {
-    "images": ("arr_0", "x_train", "train_images", "images", "x", "data"),
-    "labels": ("arr_1", "y_train", "train_labels", "labels", "y", "label"),
-    "val_images": ("x_val", "val_images", "x_test", "test_images"),
-    "val_labels": ("y_val", "val_labels", "y_test", "test_labels"),
-    "class_names": ("class_names",),
-}
+ARRAY_NAMES = dict(
+    images=("arr_0", "x_train", "train_images", "images", "x", "data"),
+    labels=("arr_1", "y_train", "train_labels", "labels", "y", "label"),
+    val_images=("x_val", "val_images", "x_test", "test_images"),
+    val_labels=("y_val", "val_labels", "y_test", "test_labels"), class_names=("class_names",))
 
 def load_arrays(src, labels=None):
     """Arrays of an .npz or .npy file, by the keys of ARRAY_NAMES."""
@@ -300,7 +285,6 @@ def idx_arrays(root, paths):
 
 class SafeUnpickler(pickle.Unpickler):
     """Unpickles arrays and nothing else, as other pickles can run any program."""
-
     # The last one is numpy's _reconstruct, whose module is not the same in all versions.
     PARTS = (np.ndarray, np.dtype, codecs.encode, np.zeros(1).__reduce_ex__(2)[0])
 
@@ -381,7 +365,6 @@ FITS = {"lanczos": partial(ImageOps.fit, method=Image.Resampling.LANCZOS), "adm"
 @dataclass
 class Decoder:
     """Turns files into uint8 (size,size,channels), and keeps account of what it can't use."""
-
     size: int = None  # None = of each image
     channels: int = 3
     fit: str = "lanczos"
@@ -391,15 +374,12 @@ class Decoder:
     rejected: list = field(default_factory=list)  # (name, reason)
 
     def iter_images(self, source, numbers):
-        """Yield (number, pixels) of the images that can be read, in this order. Threads decode 64
-        at a time, so that memory does not grow with the set."""
-
+        """Yield (number, pixels) of the images that can be read; threads decode 64 at a time."""
         def attempt(i):
             try:
                 return self.decode(source.load(i))
             except Exception as error:  # noqa: BLE001 (damaged files can raise anything)
                 return repr(error)
-
         numbers = iter(numbers)
         with ThreadPoolExecutor() as pool:
             while batch := list(islice(numbers, 64)):
@@ -544,13 +524,11 @@ def on_stop_signals(handler):
 
 def number_type(kind, low, high):
     """A type for argparse: numbers of a kind (int or float) from low on and below high."""
-
     def number(text):
         value = kind(text)
         if not low <= value < high:
             raise argparse.ArgumentTypeError(f"{text}: expected a number >= {low} and < {high}")
         return value
-
     return number
 
 def integers(text):
@@ -559,13 +537,11 @@ def integers(text):
 
 class Parser(argparse.ArgumentParser):
     """argparse with one line per setting, whose complaints are one sentence."""
-
     def __init__(self, script_doc):
         super().__init__(description=script_doc.splitlines()[0], allow_abbrev=False)
 
     def add(self, name, default, help, kind=None, low=0, high=math.inf, **how):
-        """The setting --name of a kind: int, float, tuple (of integers), bool or text; by default
-        that of `default`. --help prints the current default, also after set_defaults."""
+        """The setting --name; kind: int, float, tuple, bool or str; None = that of `default`."""
         if kind is None:
             kind = type(default)
         if kind is bool:
@@ -694,7 +670,6 @@ def make_face(index, size=64, seed=0):
                 brush.ellipse(box(*oval), level)
         image.paste(colour, mask=mask)
         image.paste(INK, mask=ImageChops.multiply(mask, shadow))
-
     if label >= 2:
         paint(hair, (0, -0.1, 1.2, 1.2), (0, 1, 1.22, 1.1))
     paint(cloth, (0, 2.5, 1.5, 1.1))

@@ -45,9 +45,8 @@ def seeded(*numbers, device="cpu"):
     """A generator for a purpose, such as (seed, i) for the noise of image i."""
     return torch.Generator(device).manual_seed(seed_of(*numbers))
 
-# ---- Samplers: from noise to data along the probability-flow ODE or an SDE. denoise(x, sigma) ->
-# D(x; sigma) for a float sigma; x noise of deviation sigmas[0]; sigmas (n + 1,) floats descending
-# to 0; draw() -> fresh standard normal noise like x.
+# ---- Samplers: from noise x of deviation sigmas[0] to data; sigmas (n + 1,) descend to 0.
+# denoise(x, sigma) -> D(x; sigma) for a float sigma; draw() -> fresh standard normal noise like x.
 def euler(denoise, x, sigmas, draw):
     """The DDIM step; n evaluations."""
     for s, s_next in pairwise(sigmas):
@@ -89,9 +88,9 @@ def noise_levels(config, sampler=None, steps=None, mid_sigma=0.821):
     return sampler, sampler_levels(steps or 18).tolist()
 
 def guided(denoiser, labels, scale, interval=None, guide=None):
-    """denoise(x, sigma) with guidance: D_bad + g (D - D_bad), where D_bad is the answer for the null
-    class, or that of a worse model `guide` (autoguidance, arXiv 2406.02507). Scale 1 evaluates only
-    D, 0 only D_bad. Guidance is for low < sigma <= high alone (arXiv 2404.07724)."""
+    """denoise(x, sigma) with guidance, D_bad + g (D - D_bad). D_bad is the answer for no class, or
+    that of a worse model `guide` (autoguidance, arXiv 2406.02507). Scale 1 evaluates only D, 0 only
+    D_bad. There is guidance for low < sigma <= high alone (arXiv 2404.07724)."""
     low, high = interval or (0, math.inf)
     if labels is None and guide is None:
         scale = 1
@@ -108,7 +107,6 @@ def guided(denoiser, labels, scale, interval=None, guide=None):
             return bad
         good = denoiser(x, s, labels=labels)
         return bad + scale * (good - bad)
-
     return denoise
 
 # ---- From a checkpoint to images.
@@ -127,9 +125,8 @@ def load_denoiser(path, weights="ema", device="cpu"):
 def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0.821,
              cfg_scale=1.0, cfg_interval=None, guide=None, labels=None, batch_size=64,
              dtype=torch.float32):
-    """Yield the images of the given indices, batch by batch:
-    numpy uint8 (b, H, W, C), or latents, float32 (b, C, H, W) on their own scale. `labels`:
-    class numbers, cycled over the indices (default: all). Image i depends only on (seed, i)."""
+    """Yield the images of some indices by batches, numpy uint8 (b, H, W, C), or latents, float32
+    (b, C, H, W). labels: class numbers, in turn (default: all). Image i depends on (seed, i)."""
     c = denoiser.config
     device = next(denoiser.parameters()).device
     labels = labels or range(c.num_classes)
@@ -137,12 +134,10 @@ def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0
     for start in range(0, len(indices), batch_size):
         batch = list(indices[start : start + batch_size])
         generators = [seeded(seed, i) for i in batch]
-
         def draw():
             shape = (c.image_size, c.image_size, c.channels)
             noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
             return patchify(noise, c.patch_size).to(device, torch.float64)  # as in EDM
-
         classes = None
         if labels:
             cycled = [labels[i % len(labels)] for i in batch]
@@ -161,9 +156,8 @@ def generate(denoiser, indices, *, seed=0, sampler=None, steps=None, mid_sigma=0
 
 # ---- Writers.
 def write_all(out, draw, num, batch_size, recipe, class_names):
-    """Write images to an .npz, with labels in arr_1 if there are classes, or to a folder of PNGs.
-    Every process writes its share as part files, in a folder named by a hash of the recipe; parts
-    that an interrupted run left are used again. draw(numbers) generates images."""
+    """Write images, which draw(numbers) makes, and labels to an .npz, or to a folder of PNGs. Parts
+    that an interrupted run left, in a folder named by a hash of the recipe, are used again."""
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     folder = f"{out}.{digest[:8]}.parts"
     os.makedirs(folder, exist_ok=True)
@@ -234,8 +228,7 @@ def pick_dtype(name, device):
     return torch.bfloat16 if fast else torch.float32
 
 def images_per_pass(num_images, num_tokens, config, device):
-    """How many images to process at once: all, or on a CPU half of them, a quarter, ... until they
-    fit into its caches."""
+    """How many images at once: all, or on a CPU half of them, a quarter, ... to fit its caches."""
     if device.type == "cpu":
         while num_images % 2 == 0 and num_images * num_tokens * config.dim > 2**20:
             num_images //= 2
@@ -246,10 +239,10 @@ def add_flags(parser, batch_size):
     add = parser.add
     add("steps", None, "steps of the sampler; None = 18, or 1 of a consistency model", int, low=1)
     add("sampler", None, "None = heun, or consistency for such a model", choices=SAMPLERS)
-    add("mid_sigma", None, "second noise level of a consistency model", float)
+    add("mid_sigma", 0.821, "second noise level of a consistency model; ImageNet-64: 1.526")
     add("cfg_scale", 1.0, "guidance scale; 1 = none")
     add("cfg_interval", None, "noise levels with guidance: LOW HIGH; None = all", float, nargs=2)
-    add("guide_ckpt", None, "guide by this worse model, such as an earlier one, and not by no class")
+    add("guide_ckpt", None, "guide by this worse model, such as an earlier one, not by no class")
     add("seed", 0, "seed of the noise")
     add("batch_size", batch_size, "images at a time", low=1)
     add("device", "auto", "where to run", choices=("auto", "cpu", "cuda"))
@@ -262,15 +255,9 @@ def sampling_settings(args, denoiser, checkpoint):
     check(args.cfg_scale == 1 or has_null or args.guide_ckpt, "--cfg_scale needs a model that was "
           "trained with classes and without (--label_dropout), or --guide_ckpt")
     check(args.cfg_scale != 1 or not args.guide_ckpt, "--guide_ckpt needs a --cfg_scale, such as 2")
-    mid_sigma = args.mid_sigma or config.get("mid_sigma", 0.821)
-    sampler, sigmas = noise_levels(denoiser.config, args.sampler, args.steps, mid_sigma)
-    return dict(
-        seed=args.seed,
-        sampler=sampler,
-        steps=len(sigmas) - 1,
-        mid_sigma=mid_sigma,
-        cfg_scale=args.cfg_scale,
-        cfg_interval=args.cfg_interval)
+    sampler, sigmas = noise_levels(denoiser.config, args.sampler, args.steps, args.mid_sigma)
+    return dict(seed=args.seed, sampler=sampler, steps=len(sigmas) - 1, mid_sigma=args.mid_sigma,
+                cfg_scale=args.cfg_scale, cfg_interval=args.cfg_interval)
 
 def same_task(a, b):
     """Whether the answers of two networks (their ModelConfig) mean the same, but for classes."""

@@ -29,7 +29,6 @@ from datetime import timedelta
 from functools import lru_cache, partial
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle OpenMP threads give up a busy core quickly
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -42,30 +41,25 @@ from model import (
     load_what_fits, make_mask, normalised, objective, patchify, previous, save_checkpoint, sigma_of)
 from prepare_data import Images, Parser, check, on_stop_signals, progress_bar, run_script
 from sample import RANK, WORLD_SIZE, print0
-try:
+if os.name == "posix":
     import fcntl  # to lock a file
-except ImportError:  # on Windows
-    fcntl = None
 
-# ---- Presets: the flags that one stands for. Those of a network, and its recipes for the stages pt
-# (masked), ft (whole images) and cm (consistency), each in place of that of RECIPES. The defaults
-# in `parse` are MaskDM's at 64 px.
+# ---- Presets: flags that need not be typed, for a network and for its stages pt (masked), ft
+# (whole) and cm (consistency), each in place of that of RECIPES. Defaults in `parse` are MaskDM's.
 ECT = ("--steps=200_000 --init_weights=ema --label_dropout=0 --dropout=0.2 --dtype=float32 "
        "--optimizer=radam --lr=1e-4 --beta1=0.9 --beta2=0.999 --weight_decay=0 --ema=0.9999 "
        "--p_mean=-1.1 --p_std=2 --cm_stages=8 --sample_every=5000 ")  # arXiv 2406.14548, CIFAR-10
 DIT = "--lr=1e-4 --beta1=0.9 --beta2=0.999 --weight_decay=0 --ema=0.9999 "
-DEMO = "--optimizer=muon --lr=2e-3 --beta1=0.9 --lr_schedule=cosine --warmup=100 --grad_clip=1 "
+DEMO = ("--optimizer=muon --lr=2e-3 --beta1=0.9 --lr_schedule=cosine --warmup=100 --grad_clip=1 "
+        "--eval_every=1700 --save_every=1700 ")
 RECIPES = dict(pt="--batch_size=256", ft="--sample_every=5000", cm=ECT)
-
 PRESETS = {
     "demo": dict(  # two CPU cores, ten minutes for both stages
         network="--dim=128 --depth=6 --heads=4 --patch_size=4",
-        pt=DEMO + "--batch_size=48 --steps=2300 --lr=4e-3 --lr_schedule=constant "
-        "--eval_every=500 --save_every=500",
-        ft=DEMO + "--batch_size=4 --steps=3400 "
-        "--eval_every=1700 --sample_every=1700 --save_every=1700",
+        pt=DEMO + "--batch_size=48 --steps=2300 --lr=4e-3 --lr_schedule=constant --eval_every=500",
+        ft=DEMO + "--batch_size=4 --steps=3400 --sample_every=1700",
         cm=ECT + "--batch_size=32 --steps=1200 --lr=2e-3 --lr_schedule=cosine --dropout=0 "
-        "--ema=0.995 --cm_stages=4 --eval_every=500 --sample_every=400 --save_every=500"),
+        "--ema=0.995 --cm_stages=4 --eval_every=500 --sample_every=400"),
     "maskdm-64": dict(network="--dim=512 --depth=13 --heads=8 --patch_size=4"),
     "maskdm-256": dict(
         network="--dim=768 --depth=13 --heads=12 --patch_size=4",
@@ -78,21 +72,18 @@ PRESETS = {
         ft=DIT + "--batch_size=512 --steps=100_000 --lr=5e-5"),
     "tread-b": dict(
         network="--dim=768 --depth=12 --heads=12 --patch_size=2 --class_cond --route=2,9",
-        pt=DIT + "--batch_size=256 --steps=400_000 --mask_type=patch",
-        ft=DIT + "--batch_size=256"),
+        pt=DIT + "--batch_size=256 --steps=400_000 --mask_type=patch", ft=DIT + "--batch_size=256"),
     "dit-s": dict(network="--dim=384 --depth=12 --heads=6 --patch_size=2"),
     "dit-b": dict(network="--dim=768 --depth=12 --heads=12 --patch_size=2"),
     "dit-l": dict(network="--dim=1024 --depth=24 --heads=16 --patch_size=2"),
     "dit-xl": dict(network="--dim=1152 --depth=28 --heads=16 --patch_size=2"),
     "ect-cifar10": dict(network="--dim=384 --depth=12 --heads=6 --patch_size=2"),
-    "ect-cifar10-1h": dict(
-        network="--dim=384 --depth=12 --heads=6 --patch_size=2",
-        cm=ECT + "--steps=8000 --cm_stages=1 --cm_q=256 --ema=0.9993"),
+    "ect-cifar10-1h": dict(network="--dim=384 --depth=12 --heads=6 --patch_size=2",
+                           cm=ECT + "--steps=8000 --cm_stages=1 --cm_q=256 --ema=0.9993"),
     "ect-imagenet64": dict(
         network="--dim=768 --depth=12 --heads=12 --patch_size=4",
         cm=ECT + "--steps=100_000 --dropout=0.4 --optimizer=adamw --lr=1e-3 --lr_schedule=rsqrt "
-        "--beta2=0.99 --p_mean=-0.8 --p_std=1.6 --cm_stages=4 --cm_q=4 --cm_c=0.06 "
-        "--cm_weight=edm --mid_sigma=1.526"),
+        "--beta2=.99 --p_mean=-0.8 --p_std=1.6 --cm_stages=4 --cm_q=4 --cm_c=0.06 --cm_weight=edm"),
 }
 
 # ---- Settings. Precedence: command line > with --resume the run's > the preset's recipe for the
@@ -142,7 +133,6 @@ def parse(argv):
     add("cm_c", 0.0, "constant of the pseudo-Huber distance")
     add("cm_weight", "gap", "1/(t - r), or 1/t^2 + 1/sigma_data^2", choices=CONSISTENCY_WEIGHTS)
     add("ref_batch", 0, "images averaged for the target (SCT); 0 = none (ECT)")
-    add("mid_sigma", 0.821, "noise level at which sample.py takes a second step")
     # Continual learning.
     add("replay", None, "prepared sets of old images to mix into every batch")
     add("replay_frac", 0.5, "share of old images in a batch")
@@ -176,7 +166,6 @@ def parse(argv):
     add("sample_every", 0, "steps between grids of samples in out_dir")
     add("save_every", 2000, "steps between checkpoints; there is always one at the end")
     add("keep_every", 0, "steps between checkpoints that are kept, NAME-STEP.pt")
-
     flags = [flag for flag in argv if flag not in ("-h", "--help")]
     cfg = parser.parse_args(flags)
     checkpoint = find_checkpoint(out_path(cfg, ".pt")) if cfg.resume else None  # of this stage
@@ -210,31 +199,25 @@ def stage_of(cfg):
     return "pt" if cfg.mask_ratio > 0 else "ft"
 
 def out_path(cfg, ending):
-    """A file of this stage in out_dir, such as out/pt.pt."""
     return os.path.join(cfg.out_dir, stage_of(cfg) + ending)
 
 # ---- The stream: step n -> its batch. All randomness of training is drawn here.
 @lru_cache(8)
 def shuffled(n, seed, epoch):
-    """The order of n images in an epoch."""
     return torch.randperm(n, generator=sample.seeded(seed, 0, epoch)).numpy()
 
 class Stream:
     """Batches by step number. The first `num_new` images are new, the others old (--replay). In a
     batch the new ones come first; both are walked through in epochs, so any step can be loaded."""
-
     def __init__(self, images, num_new, cfg, config, device, rank=RANK, world_size=WORLD_SIZE):
-        self.images = images
-        self.cfg = cfg
-        self.config = config
-        self.device = device
+        self.images, self.cfg, self.config, self.device = images, cfg, config, device
         self.rank_slice = slice(rank, None, world_size)  # every world_size-th: some new, some old
         num_old = len(images) - num_new
         old_batch = 0
         if cfg.replay:
             old_batch = round(cfg.replay_frac * cfg.batch_size)
-            check(num_old and 0 < old_batch <= cfg.batch_size, f"--replay: {old_batch} old images "
-                  f"in a batch of {cfg.batch_size}, out of {num_old}")
+            check(num_old and 0 < old_batch <= cfg.batch_size,
+                  f"--replay gives {old_batch} of {num_old} old images to a batch")
         new_batch = cfg.batch_size - old_batch
         self.local_new = len(range(rank, new_batch, world_size))
         # (images per batch, images in all, number of the first) of the new and of the old images.
@@ -265,12 +248,10 @@ class Stream:
         return np.array(numbers)
 
     def load(self, step):
-        """This process's part of the batch, on the device: clean, noise (b, K, p*p*C), K = N if
-        the network takes all tokens; sigma, weight (b,); if patches are hidden visible (b, K);
-        with classes labels (b,), -1 = no class; with --ref_batch references."""
-        cfg = self.cfg
+        """This process's part of the batch, on the device: what `objective` is told, and the
+        weight of each image's loss, (b,). K = N if the network takes all tokens."""
+        cfg, rows = self.cfg, self.rank_slice
         n = cfg.batch_size
-        rows = self.rank_slice
         g = sample.seeded(cfg.seed, 1, step)
         sigma = sigma_of(torch.randn(n, generator=g), cfg.p_mean, cfg.p_std)
         flip = self.draw_flips(n, g)[rows]
@@ -287,18 +268,14 @@ class Stream:
             batch["labels"] = labels.masked_fill(dropped[rows], -1)
         batch = {name: self.move(tensor) for name, tensor in batch.items()}
         batch["clean"] = self.read(index, to_read, flip)
-        batch["noise"] = self.noise(step, (n, *batch["clean"].shape[1:]))[rows].contiguous()
+        g = sample.seeded(cfg.seed, 2, step, device=self.device)
+        noise = torch.randn(n, *batch["clean"].shape[1:], generator=g, device=self.device)
+        batch["noise"] = noise[rows].contiguous()
         if cfg.ref_batch > 1:
             batch.update(self.references(step))
         return batch
 
-    def noise(self, step, shape):
-        """Standard normal noise of the global batch, drawn where it is needed."""
-        g = sample.seeded(self.cfg.seed, 2, step, device=self.device)
-        return torch.randn(shape, generator=g, device=self.device)
-
     def draw_flips(self, n, generator):
-        """Which of n images to mirror, (n,) bool."""
         return (torch.rand(n, generator=generator).numpy() < 0.5) & self.cfg.hflip
 
     def read(self, index, visible, flip):
@@ -307,8 +284,7 @@ class Stream:
         return normalised(self.move(patches), self.config.latent)
 
     def references(self, step):
-        """The whole images over which a batch averages (SCT), and their labels. They follow the
-        classes of the batch; if they came from all, most images would have none of their own."""
+        """Whole images over which a batch averages (SCT), of its classes, and their labels."""
         n = self.cfg.ref_batch - 1  # an image is itself the first of its references
         g = sample.seeded(self.cfg.seed, 5, step)
         uniform = torch.rand(n, generator=g, dtype=torch.float64).tolist()
@@ -330,15 +306,14 @@ def fixed_batch(images, config, device, rows=slice(None)):
     """512 whole images, evenly from a set, with noise levels (EDM's quantiles) and noise: the same
     in every run, for validation and Fisher information. rows: those that this process takes."""
     n = min(len(images), 512)
-    index = np.linspace(0, len(images) - 1, n).astype(int)
-    index = index[rows]
+    index = np.linspace(0, len(images) - 1, n).astype(int)[rows]
     patches = torch.from_numpy(images.read(index, None, np.zeros(len(index), bool)))
     g = sample.seeded(0, 3)
     quantile = (torch.randperm(n, generator=g) + 0.5) / n
     noise = torch.randn(n, config.image_size, config.image_size, config.channels, generator=g)
-    batch = dict(clean=normalised(patches, config.latent),
-                 noise=patchify(noise[rows], config.patch_size),
-                 sigma=sigma_of(torch.special.ndtri(quantile[rows])))
+    sigma = sigma_of(torch.special.ndtri(quantile[rows]))
+    noise = patchify(noise[rows], config.patch_size)
+    batch = dict(clean=normalised(patches, config.latent), noise=noise, sigma=sigma)
     if config.num_classes:
         batch["labels"] = torch.from_numpy(images.labels[index])
     return {name: tensor.to(device) for name, tensor in batch.items()}
@@ -359,8 +334,7 @@ def configure_optimizers(denoiser, cfg):
     matrices = {p for block in blocks for p in block.matrices()}
     others = [(name, p) for name, p in named if p not in matrices]
     settings = dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
-    betas = (cfg.beta1, cfg.beta2)
-    optimizers = [OPTIMIZERS[cfg.optimizer](others, betas=betas, **settings)]
+    optimizers = [OPTIMIZERS[cfg.optimizer](others, betas=(cfg.beta1, cfg.beta2), **settings)]
     if matrices:
         named_matrices = [(name, p) for name, p in named if p in matrices]
         muon = Muon(named_matrices, settings)
@@ -376,8 +350,7 @@ def set_learning_rates(optimizers, cfg, step):
             peak = group.setdefault("initial_lr", group["lr"])
             group["lr"] = learning_rate(cfg, step, peak)
 
-# ---- Processes: torchrun and DDP. A fork that shards the weights (FSDP2) replaces this section,
-# whose functions are called on all ranks.
+# ---- Processes: torchrun and DDP. All ranks call these. FSDP2 would replace this section.
 def setup(cfg):
     """Join the other processes; returns the device of this one and its autocast."""
     device = sample.pick_device(cfg.device)
@@ -399,10 +372,9 @@ def wrap(cfg, denoiser, ema, device):
     for block in blocks:
         block.dropout = cfg.dropout
     if cfg.compile and device.type == "cuda" and importlib.util.find_spec("triton"):
-        header = os.path.join(sysconfig.get_path("include"), "Python.h")
+        header = f"{sysconfig.get_path('include')}/Python.h"
         compiler = shutil.which(os.environ.get("CC", "cc"))
-        check(compiler and os.path.exists(header), "torch.compile needs a C compiler and Python.h: "
-              "install gcc and python3-dev, or give --no-compile")
+        check(compiler and os.path.exists(header), "no C compiler or no Python.h: --no-compile")
         torch._dynamo.config.optimize_ddp = False  # it splits graphs to overlap; blocks do so, too
         for block in blocks:  # all share one graph; its dropout is that of torch, by the seed
             block.compile(dynamic=False, options=dict(combo_kernels=True, fallback_random=True))
@@ -415,15 +387,14 @@ def sync_gradients(model, now):
     model.require_backward_grad_sync = now
 
 def sum_over_processes(tensor):
-    """The sum of a tensor over all processes, in place."""
     if WORLD_SIZE > 1:
         dist.all_reduce(tensor)
     return tensor
 
 def gather_state(denoiser, ema, optimizers):
     """Whole tensors, for a checkpoint."""
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    return dict(model=denoiser.state_dict(), ema=ema.state_dict(), optimizer=states)
+    return dict(model=denoiser.state_dict(), ema=ema.state_dict(),
+                optimizer=[optimizer.state_dict() for optimizer in optimizers])
 
 def group_layout(states):  # "initial_lr" is there only after the first step
     return [[(group["param_names"], group.keys() - {"initial_lr"})
@@ -438,7 +409,6 @@ def restore_optimizers(optimizers, stored):
         optimizer.load_state_dict(current | dict(state=deepcopy(saved["state"])))
 
 def save_on_rank0(path, checkpoint):
-    """Replace the file as a whole; the one before stays as NAME.prev.pt."""
     if RANK == 0:
         save_checkpoint(path, checkpoint)
 
@@ -541,12 +511,15 @@ def accumulate_gradients(model, teacher, batch, cfg, step, micro_batch, local_ne
     for start in range(0, local_batch, micro_batch):
         chunk = slice_batch(batch, start, micro_batch)
         chunk["seed"] = sample.seed_of(cfg.seed, 6, step, start, RANK)
-        if teacher:
-            chunk["target"] = distill_targets(teacher, chunk, local_new - start)  # may be < 0
         sync_gradients(model, start + micro_batch == local_batch)  # only the last time
-        losses = objective(model, chunk, cfg, step)
-        total = (chunk["weight"] * sum(losses.values())).mean()
-        (total / num_passes).backward()
+        try:
+            if teacher:
+                chunk["target"] = distill_targets(teacher, chunk, local_new - start)  # may be < 0
+            losses = objective(model, chunk, cfg, step)
+            total = (chunk["weight"] * sum(losses.values())).mean()
+            (total / num_passes).backward()
+        except torch.OutOfMemoryError:
+            check(False, f"out of memory: give a --micro_batch below {micro_batch}")
         for name, loss in losses.items():
             means[name] += (chunk["weight"] * loss.detach()).mean() / num_passes
     return means
@@ -562,8 +535,7 @@ def update_ema(ema, denoiser, cfg, step):
 
 @torch.no_grad()
 def evaluate(ema, validation, cfg, eval_batch):
-    """Mean loss of the averaged weights over the images of all processes (consistency: with the
-    gap of the last stage)."""
+    """Mean loss of the averaged weights over all processes, at the gap of the last stage."""
     total = validation["sigma"].new_zeros(2, dtype=torch.float64)  # the loss; the number of images
     for start in range(0, len(validation["clean"]), eval_batch):
         chunk = slice_batch(validation, start, eval_batch)
@@ -579,13 +551,12 @@ def open_log(cfg):
     path = os.path.join(cfg.out_dir, "log.jsonl")
     with open(path if RANK == 0 else os.devnull, "ab", buffering=0) as file:
         try:
-            if RANK == 0 and fcntl:
+            if RANK == 0 and os.name == "posix":
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             check(False, f"another run is writing to {cfg.out_dir}: give another --out_dir")
         except OSError:
             pass  # a file system without locks
-
         def log(step, **record):
             line = json.dumps(dict(run=stage_of(cfg), step=step, **record))
             try:
@@ -599,7 +570,6 @@ def due(step, every):  # 0 = never
 
 # ---- The run.
 MAX_BAD_STEPS = 10  # in a row
-
 def train(cfg, checkpoint, resumed, log):
     path = out_path(cfg, ".pt")
     device, autocast = setup(cfg)
@@ -630,7 +600,6 @@ def train(cfg, checkpoint, resumed, log):
         about = dict(step=step, config=settings, architecture=asdict(config),
                      class_names=names or None, noise=NOISE, network=NETWORK)
         save_on_rank0(path, gather_state(denoiser, ema, optimizers) | about)
-
     parameters = list(denoiser.parameters())
     received = []  # signals to stop, after the step that is running
     on_stop_signals(lambda number, frame: received.append(number))
@@ -639,22 +608,16 @@ def train(cfg, checkpoint, resumed, log):
            f" on {WORLD_SIZE} x {device}, {stream.num_visible} of {config.grid**2} patches visible")
     bar = progress_bar(total=cfg.steps, initial=step, desc=stage_of(cfg), disable=RANK > 0)
     loader, pending = start_loader(stream, step, device)
-    first_step = step
-    seconds = 0.0  # of training, without reports
-    bad_steps = 0
-    stopping = False
-
+    seconds = warm_up = 0.0  # of training, without reports; of its first step
+    first_step, bad_steps, stopping = step, 0, False
     while step < cfg.steps and not stopping and bad_steps < MAX_BAD_STEPS:
         began = time.time()
         batch = pending.result()
         pending = loader.submit(stream.load, step + 1)
         set_learning_rates(optimizers, cfg, step)
-        try:
-            with autocast:  # around all passes, so that the weights are cast once
-                losses = accumulate_gradients(
-                    model, teacher, batch, cfg, step, micro_batch, stream.local_new)
-        except torch.OutOfMemoryError:
-            check(False, f"out of memory: give a --micro_batch below {micro_batch}")
+        with autocast:  # around all passes, so that the weights are cast once
+            losses = accumulate_gradients(
+                model, teacher, batch, cfg, step, micro_batch, stream.local_new)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if cfg.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, norm)
@@ -666,7 +629,7 @@ def train(cfg, checkpoint, resumed, log):
         stopping = num_signals > 0
         mean_losses = {name: value / WORLD_SIZE for name, value in zip(losses, sums)}
         loss = sum(mean_losses.values())
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+        if math.isfinite(loss + grad_norm):
             for name, (anchor, strength) in penalties.items():
                 p = denoiser.get_parameter(name)
                 p.grad.add_((p.detach() - anchor) * strength)  # not clipped, to keep its strength
@@ -684,7 +647,7 @@ def train(cfg, checkpoint, resumed, log):
         bar.update()
         seconds += time.time() - began
         if step == first_step + 1:
-            warm_up = seconds  # the first step may compile: images per second are without it
+            warm_up = seconds  # it may have compiled
         if due(step, cfg.log_every) and bad_steps == 0:
             rate = (step - first_step - 1) * cfg.batch_size / max(seconds - warm_up, 1e-9)
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
@@ -707,7 +670,6 @@ def train(cfg, checkpoint, resumed, log):
             save(path)
         if bad_steps == 0 and due(step, cfg.keep_every):
             save(out_path(cfg, f"-{step:07d}.pt"))
-
     bar.close()
     loader.shutdown()
     del model  # DDP holds on to the process group
@@ -727,8 +689,7 @@ def main(argv):
     path = out_path(cfg, ".pt")
     inputs = [os.path.realpath(file) for file in (cfg.init_from, cfg.distill_from) if file]
     for file in (path, previous(path)):  # what a save replaces
-        check(os.path.realpath(file) not in inputs, f"this run reads {file} and would replace it: "
-              "give another --out_dir")
+        check(os.path.realpath(file) not in inputs, f"{file} is read: give another --out_dir")
         check(resumed or cfg.force or not os.path.exists(file), f"{file} is of an earlier run: "
               "continue it with --resume, give another --out_dir, or replace it with --force")
     os.makedirs(cfg.out_dir, exist_ok=True)

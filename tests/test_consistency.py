@@ -239,13 +239,13 @@ def test_on_a_cpu_the_average_keeps_up_with_a_short_tuning(monkeypatch):
 @pytest.mark.parametrize("preset, official", [
     ("ect-cifar10", dict(
         optimizer="radam", lr=1e-4, beta1=0.9, beta2=0.999, lr_schedule="constant", ema=0.9999, steps=200_000,
-        p_mean=-1.1, p_std=2.0, cm_q=2, cm_c=0, cm_weight="gap", mid_sigma=0.821, dropout=0.2, cm_stages=8)),
+        p_mean=-1.1, p_std=2.0, cm_q=2, cm_c=0, cm_weight="gap", dropout=0.2, cm_stages=8)),
     ("ect-cifar10-1h", dict(
         optimizer="radam", lr=1e-4, beta1=0.9, beta2=0.999, lr_schedule="constant", ema=0.9993, steps=8000,
-        p_mean=-1.1, p_std=2.0, cm_q=256, cm_c=0, cm_weight="gap", mid_sigma=0.821, dropout=0.2, cm_stages=1)),
+        p_mean=-1.1, p_std=2.0, cm_q=256, cm_c=0, cm_weight="gap", dropout=0.2, cm_stages=1)),
     ("ect-imagenet64", dict(
         optimizer="adamw", lr=1e-3, beta1=0.9, beta2=0.99, lr_schedule="rsqrt", ema=0.9999, steps=100_000,
-        p_mean=-0.8, p_std=1.6, cm_q=4, cm_c=0.06, cm_weight="edm", mid_sigma=1.526, dropout=0.4, cm_stages=4))])
+        p_mean=-0.8, p_std=1.6, cm_q=4, cm_c=0.06, cm_weight="edm", dropout=0.4, cm_stages=4))])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_presets_are_the_settings_of_the_official_code(monkeypatch, preset, official, device):
     usual = dict(batch_size=128, weight_decay=0, grad_clip=0, warmup=0, hflip=False, class_cond=False)
@@ -260,9 +260,9 @@ def test_a_model_is_sampled_in_one_step_or_two_from_the_level_it_was_tuned_for(d
     asked = []
     monkeypatch.setitem(sample.SAMPLERS, "consistency",
                         lambda denoise, x, sigmas, draw: (asked.append(sigmas), x)[1])
-    for flags in [], ["--steps=2"], ["--steps=2", "--mid_sigma=3"]:
+    for flags in [], ["--steps=2"], ["--steps=2", "--mid_sigma=1.526"]:
         sample.main(["--ckpt", f"{tmp_path}/cm.pt", "--num=1", "--device=cpu", f"--out={tmp_path}/x.png", *flags])
-    assert [pytest.approx(sigmas) for sigmas in asked] == [[80, 0], [80, 1.526, 0], [80, 3, 0]]
+    assert [pytest.approx(sigmas) for sigmas in asked] == [[80, 0], [80, 0.821, 0], [80, 1.526, 0]]
 
 
 def stream_of(images, *flags, num_new=None, classes=0):

@@ -129,7 +129,7 @@ def test_a_replay_without_old_images_is_refused(tasks, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "Images", Mine)
     train.main(base)
-    assert "out of 0" in mistake(train.main, *base, "--force", replay)
+    assert "6 of 0" in mistake(train.main, *base, "--force", replay)
 
 
 LATENT = [[0.5] * 3, [0.2] * 3]  # mean and deviation of three channels

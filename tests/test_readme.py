@@ -136,7 +136,7 @@ def test_the_budget_counts_tokens_of_code():
 def test_the_scripts_keep_to_their_budgets():
     texts = {name: (ROOT / name).read_text() for name in SCRIPTS}
     measured = {name: density(text) for name, text in texts.items()}
-    assert sum(tokens for tokens, _, _ in measured.values()) <= 24_500
+    assert sum(tokens for tokens, _, _ in measured.values()) <= 25_000
     for name, (tokens, lines, conditional) in measured.items():
         assert tokens <= 11 * lines, f"{name}: {tokens} tokens in {lines} lines of code"
         assert conditional <= 0.03 * lines, f"{name}: {conditional} conditional expressions in {lines} lines of code"

@@ -29,6 +29,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 from common import ROOT, markdown, typed, where_from  # puts the project on the path
 
@@ -327,23 +328,25 @@ def muon_flops(config):
               for matrix in block.matrices()]
     return len(shapes), sum(5 * (4 * n**2 * m + 2 * n**3) for n, m in shapes)
 
-class HostStream(train.Stream):
-    """The stream without what a GPU does: noise, and the conversion of 8-bit values."""
-
-    def noise(self, step, shape):
-        return torch.empty(shape, device="meta")
-
 def load_seconds(config, cfg, gpus):
-    """Median seconds in which one thread loads a process's part of a batch for a GPU."""
+    """Median seconds in which one thread loads a process's part of a batch for a GPU, which converts the pixels and
+    draws the noise itself."""
     shape = (max(cfg.batch_size, 512), config.image_size, config.image_size, config.channels)
     meta = dict(num_train=shape[0], size=shape[1], channels=shape[3], dtype="uint8", class_names=None)
     with tempfile.TemporaryDirectory() as folder:
         np.save(f"{folder}/train.npy", np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
         Path(folder, "meta.json").write_text(json.dumps(meta))
         images = Images(folder, "train", config.patch_size)
-        stream = HostStream(images, len(images), cfg, config, torch.device("meta"), 0, gpus)
+        stream = train.Stream(images, len(images), cfg, config, torch.device("meta"), 0, gpus)
         torch.set_num_threads(1)  # as in a run
-        return clock(lambda: stream.load(0))
+        with mock.patch.object(sample, "seeded", on_host):
+            return clock(lambda: stream.load(0))
+
+seeded = sample.seeded
+
+def on_host(*numbers, device="cpu"):
+    """The generator, or none on a device without memory."""
+    return seeded(*numbers) if device == "cpu" else None
 
 def plan(argv):
     """Will a run fit, and what limits it? Only the loader is run; FLOPs, launches and memory are counted on tensors
