@@ -17,9 +17,9 @@ import label_agreement
 import reproduce
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "assets/results/README.md")}
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "assets/results/README.md", "assets/results/papers.md")}
 SCRIPTS = ("model.py", "train.py", "sample.py", "fid.py", "prepare_data.py")
-DESCRIBING = ("| what |", "| question |", "| file |", "| to change |", "| paper,")  # tables without measurements of their own
+DESCRIBING = ("| what |", "| question |", "| file |", "| to change |", "| paper,", "| run on 8 H100")  # tables without measurements of their own
 TABLE = re.compile(r"(?:<!-- (assets/results/\S+\.json)(?: (\w+))? -->\n)?((?:^\|.*\n)+)", re.MULTILINE)
 MEASURED = [m.groups() for page in PAGES.values() for m in TABLE.finditer(page) if not m[3].startswith(DESCRIBING)]
 MAKERS = {
@@ -62,6 +62,18 @@ def test_the_headline_figures_are_those_of_the_results():
         ratios = [line.split(" | ")[-1].rstrip(" |") for line in reproduce.time_ratios(stored(name)["results"]).splitlines()
                   if "validation loss" in line]
         assert gain == f"{' and '.join(ratios)} times (two seeds)"
+
+
+def test_what_is_expected_of_8_h100_is_what_the_plan_says(capsys):
+    rows = [line.strip("| ").split(" | ") for line in PAGES["README.md"].splitlines() if "--" in line and "images" not in line
+            and line.startswith(("| Mask", "| ECT"))]
+    assert len(rows) == 5
+    for _, flags, rate, limit, hours in rows:
+        bench.main(["plan", *flags.strip("`").split()])
+        last = capsys.readouterr().out.splitlines()[-1]
+        found, took = float(re.search(r"(\d+) images/s", last)[1]), float(re.search(r"in (\S+) h", last)[1])
+        assert float(rate.replace("k", "e3")) == pytest.approx(found, rel=0.05) and float(hours) == pytest.approx(took, rel=0.04)
+        assert ("launches" in last) == (limit == "launches")
 
 
 def test_figures_within_the_text_are_those_of_the_results():

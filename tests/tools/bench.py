@@ -362,7 +362,7 @@ def plan(argv):
     add("memory", 80e9, "bytes of a GPU")
     add("bandwidth", 3.35e12, "bytes/s of its memory")
     add("network", None, "bytes/s of a GPU to the others; None = 350e9, or 50e9 for more than 8 GPUs", float)
-    add("launch", 8e-6, "seconds in which Python starts a kernel")
+    add("launch", 1e-5, "seconds in which Python starts a kernel")
     args, flags = parser.parse_known_args(argv)
     cfg, _, _ = train.parse(["--device=cpu", "--preset=maskdm-64", "--no-class_cond", *flags])
     exact = cfg.dtype == "float32" and not cfg.tf32
