@@ -196,8 +196,8 @@ def file_hash(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 def load_features(args):
-    """The network uint8 (B, 3, H, W) -> (B, D), and its identity, "KEY HASH": the KEY "fid", or
-    "random_fd" for random weights, "fd" for a TorchScript file."""
+    """The network uint8 (B, 3, H, W) -> (B, D), and its identity "KEY HASH+RESIZE", where KEY is
+    "fid", or "random_fd" for random weights; "fd HASH" for a TorchScript file."""
     if args.features not in ("inception", "random"):
         net = torch.jit.load(args.features, map_location=args.device).eval()
         return net, f"fd {file_hash(args.features)}"
@@ -207,8 +207,7 @@ def load_features(args):
         identity = "random_fd default_rng(0)"
     else:
         identity = f"fid {file_hash(load_public_weights(net, args.weights))}"
-    if args.resize == "tf1":
-        identity += "+tf1"
+    identity += f"+{args.resize}"
     for module in net.modules():
         if isinstance(module, Conv):  # the same function in half the time
             module.conv = nn.utils.fuse_conv_bn_eval(module.conv, module.bn)
@@ -450,10 +449,10 @@ def protocol(sources, args):
     widths = {len(source.mu) for source in sources}
     nets = {source.net for source in sources} - {"fid unknown"}
     check(len(set(keys)) == len(widths) == 1 and len(nets) <= 1, f"the features differ: {keys} "
-          f"{digests}, {widths} values; use the same --features")
+          f"{digests}, {widths} values; use the same --features and --resize")
     warnings = [f"{source.path} has only {source.num} images: this biases all figures"
                 for source in sources if 0 < source.num < max(2048, *widths)]
-    weights = {net.removesuffix("+tf1") for net in nets}
+    weights = {net.split("+")[0] for net in nets}
     if weights != {f"fid {WEIGHTS_SHA256}"} and keys[0] == "fid":
         warnings.append("not all Inception weights are known to be the public ones")
     if "unknown" in digests:
@@ -463,8 +462,6 @@ def protocol(sources, args):
         features=keys[0],
         weights=digests,
         warnings=warnings)
-    if keys[0] != "fd":
-        about["resize"] = f"{args.resize}: 299x299 bilinear, antialias=False, align_corners=False"
     for name, source in zip("ab", sources):
         about[name] = dict(path=source.path, n=source.num, **source.about)
     return keys[0], about
@@ -475,7 +472,7 @@ def main(argv=None):
     parser.add_argument("b", metavar="B", nargs="?", help="what is judged; not needed with --stats")
     add = parser.add
     add("features", "inception", "inception, random, or a TorchScript file")
-    add("resize", "pytorch-fid", "Inception's; tf1 for figures like ADM's", choices=RESIZES)
+    add("resize", "pytorch-fid", "resize before Inception; tf1 = as in ADM", choices=RESIZES)
     add("weights", None, "file of Inception's weights; None = torch hub's cache, else a download")
     add("metrics", "fid", "some of fid,kid,pr, or bpd")
     add("kid_size", 1000, "images in each of KID's 100 subsets", low=2)

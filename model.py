@@ -183,8 +183,7 @@ class Block(nn.Module):
 
     def matrices(self):
         """The weights that Muon may take: those that map tokens to tokens."""
-        layers = (self.qkv, self.proj, self.fc1, self.fc2)
-        return [layer.weight for layer in layers]
+        return [layer.weight for layer in (self.qkv, self.proj, self.fc1, self.fc2)]
 
     def forward(self, x, cond):
         b, k, d = x.shape
@@ -247,8 +246,7 @@ class DiT(nn.Module):
     def init_weights(self):
         # At first a block is the identity, and outputs are zero (DiT sec. 3.2; MaskDiT).
         zero = [self.final_adaLN, self.final_linear]
-        blocks = [module for module in self.modules() if isinstance(module, Block)]
-        zero += [block.adaLN for block in blocks]
+        zero += [module.adaLN for module in self.modules() if isinstance(module, Block)]
         if self.decoder:
             zero += [self.decoder_adaLN, self.decoder_embed]
         small = [self.time_embed[0], self.time_embed[2], self.label_embed]
@@ -312,7 +310,7 @@ class DiT(nn.Module):
 # Change a name when you change the code behind it: old checkpoints are then refused.
 NOISE = "edm"
 NETWORK = "dit-2"
-SIGMA_DATA = 0.5  # standard deviation of the data; latents are normalised to it
+SIGMA_DATA = 0.5  # standard deviation of the data; latents are scaled to about this
 P_MEAN, P_STD = -1.2, 1.2  # of ln sigma in training (EDM table 1)
 
 def check_noise(noise, feature):
@@ -344,8 +342,8 @@ def sampler_levels(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     return torch.cat([levels, levels.new_zeros(1)])
 
 def normalised(data, latent):
-    """8-bit values to [-1, 1]; latents (..., p*p*C) to mean 0 and deviation SIGMA_DATA in each
-    channel, by their mean and deviation `latent`, because noise levels are relative to that."""
+    """8-bit values to [-1, 1]; latents (..., p*p*C) to mean 0 and deviation SIGMA_DATA by `latent`,
+    the mean and deviation of each channel, because noise levels are relative to that."""
     expected = torch.float32 if latent else torch.uint8
     check(data.dtype == expected, f"the data set gives {data.dtype}, expected {expected}: uint8 "
           "for images, float32 for latents with mean and deviation in `meta`")
@@ -400,9 +398,9 @@ def posterior_mean(x, clean, sigma, references, allowed=None):
     sum_i a_i y_i over y itself (clean) and R references, a = softmax(-|x - y_i|^2 / (2 sigma^2)).
     x, clean (B, N, d), sigma (B,), references (R, N, d); image j sees those of allowed[j] (R,)."""
     refs = references.flatten(1).double()  # (R, N*d): small differences of large numbers
-    own_square = x.double().square().sum((1, 2))
-    product = x.flatten(1).double() @ refs.T  # (B, R)
-    distance = own_square[:, None] - 2 * product + refs.square().sum(dim=1)
+    own = x.flatten(1).double()
+    square = own.square().sum(dim=1, keepdim=True)
+    distance = square - 2 * own @ refs.T + refs.square().sum(dim=1)  # (B, R)
     own_distance = (x - clean).square().sum((1, 2))
     distance = torch.cat([own_distance[:, None], distance], dim=1)
     logits = -distance / (2 * sigma[:, None] ** 2)

@@ -129,8 +129,8 @@ class Images:
 # names: of each image, for messages. load: number -> path of a file, or array (H, W, C).
 # classes: the class of each image, "" = none. class_names: their order, if the source has one.
 # num_val: how many at the end the source itself holds out. Defaults begin at `classes`.
-Source = namedtuple("Source", "names load classes class_names num_val size channels dtype",
-                    defaults=(None, None, 0, 64, 3, "uint8"))
+Source = namedtuple("Source", "names load classes class_names num_val size channels dtype latent",
+                    defaults=(None, None, 0, 64, 3, "uint8", None))
 
 def open_source(src, temp_dir, labels=None):
     """Find the images of a folder or a file. An archive is unpacked into a folder in temp_dir."""
@@ -258,6 +258,7 @@ def prepared_arrays(folder):
     arrays = {}
     for prefix, split in ("", "train"), ("val_", "val"):
         arrays[f"{prefix}images"], labels, meta = open_folder(folder, split)
+        arrays["latent"] = meta["latent"]
         if meta["class_names"]:
             arrays[f"{prefix}labels"] = labels
             arrays["class_names"] = meta["class_names"]
@@ -314,7 +315,7 @@ def cifar_arrays(root, paths):
                 arrays["class_names"] = value
     return arrays
 
-def array_source(images, labels=None, val_images=(), val_labels=(), class_names=None):
+def array_source(images, labels=None, val_images=(), val_labels=(), class_names=None, latent=None):
     """Images uint8 (N,H,W) or (N,H,W,C), or latents float (N,S,S,C); labels int (N,), -1 = none."""
     items = [*np.asarray(images), *np.asarray(val_images)]
     items = [np.atleast_3d(item) for item in items]  # (H,W,C), views: nothing is read yet
@@ -338,7 +339,7 @@ def array_source(images, labels=None, val_images=(), val_labels=(), class_names=
         check(max(y) < len(class_names), f"label {max(y)} has no name in class_names")
         classes = [class_names[label] if label >= 0 else "" for label in y]
     return Source(range(len(items)), items.__getitem__, classes, class_names, len(val_images),
-                  min(height, width), channels, "uint8" if is_image else "float32")
+                  min(height, width), channels, "uint8" if is_image else "float32", latent)
 
 # ---- The rules of pixels.
 # Formats that Pillow decodes by itself; EPS and others would start other programs.
@@ -351,8 +352,8 @@ def to_image(pixels):
     return Image.fromarray(pixels)
 
 def fit_adm(image, size):
-    """As in ADM, EDM2, MaskDiT: halved while twice as large, then resized, then cropped."""
-    side = size[0]
+    """As in ADM, EDM2, MaskDiT: halved while at least twice as large, then resized and cropped."""
+    side, _ = size
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     image = ImageOps.scale(image, side / min(image.size), Image.Resampling.BICUBIC)
@@ -486,8 +487,8 @@ def write_set(folder, source, decoder, val, train):
         labels = [label.get(source.classes[i], -1) for i in numbers]
         if class_names:
             np.save(f"{folder}/{split}_labels.npy", np.array(labels, np.int64))
-    latent = None
-    if source.dtype == "float32":
+    latent = source.latent
+    if source.dtype == "float32" and not latent:
         sample = np.load(f"{folder}/train.npy", mmap_mode="r")[:4096].astype(float)
         mean, deviation = sample.mean(axis=(0, 1, 2)), sample.std(axis=(0, 1, 2))
         deviation[deviation == 0] = 1  # a channel that is constant
@@ -542,8 +543,7 @@ class Parser(argparse.ArgumentParser):
 
     def add(self, name, default, help, kind=None, low=0, high=math.inf, **how):
         """The setting --name; kind: int, float, tuple, bool or str; None = that of `default`."""
-        if kind is None:
-            kind = type(default)
+        kind = kind or type(default)
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
         elif kind is tuple:
@@ -583,8 +583,8 @@ def main(argv=None):
     add("range", None, "values of black and white in grey images of more than 8 bits", float,
         low=-math.inf, nargs=2)
     add("fit", "lanczos", "how images are cropped and resized; adm = as in ADM", choices=FITS)
-    add("latent_scale", None, "multiply latents by this (Stable Diffusion: 0.18215); None = "
-        "normalise each channel", float)
+    add("latent_scale", None, "training multiplies latents by this (Stable Diffusion: 0.18215); "
+        "None = it normalises each channel", float)
     add("val_frac", 0.05, "share of images to hold out, unless the source has its own", high=1)
     add("num", None, "number of training images, as many of each class as possible", int, low=1)
     add("classes", None, "use only these classes, separated by commas")
@@ -612,15 +612,15 @@ def main(argv=None):
         channels = args.channels or source.channels
         check(source.dtype == "uint8" or (size, channels) == (source.size, source.channels),
               f"latents keep their size {source.size} and {source.channels} channels")
+        if args.latent_scale:
+            check(source.dtype == "float32", "--latent_scale is for latents, not for images")
+            deviation = 0.5 / args.latent_scale  # training divides by it and multiplies by 0.5
+            source = source._replace(latent=[[0.0] * channels, [deviation] * channels])
         val, train = choose(source, args.num, args.classes, args.val_frac, args.seed)
         decoder = Decoder(size, channels, args.fit, args.range)
         new = Path(temp_dir, "new")
         new.mkdir()
         meta = write_set(new, source, decoder, val, train)
-        if args.latent_scale:
-            check(source.dtype == "float32", "--latent_scale is for latents, not for images")
-            deviation = 0.5 / args.latent_scale  # training divides by it and multiplies by 0.5
-            meta["latent"] = [[0.0] * channels, [deviation] * channels]
         meta["preprocessing"] = vars(args)
         Path(new, "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         if os.path.exists(out):

@@ -90,8 +90,9 @@ def noise_levels(config, sampler=None, steps=None, mid_sigma=0.821):
 def guided(denoiser, labels, scale, interval=None, guide=None):
     """denoise(x, sigma) with guidance, D_bad + g (D - D_bad). D_bad is the answer for no class, or
     that of a worse model `guide` (autoguidance, arXiv 2406.02507). Scale 1 evaluates only D, 0 only
-    D_bad. There is guidance for low < sigma <= high alone (arXiv 2404.07724)."""
+    D_bad. Guidance acts only where low < sigma <= high (arXiv 2404.07724)."""
     low, high = interval or (0, math.inf)
+    check(low < high, f"--cfg_interval {low} {high}: expected LOW below HIGH")
     if labels is None and guide is None:
         scale = 1
 
@@ -241,8 +242,9 @@ def add_flags(parser, batch_size):
     add("sampler", None, "None = heun, or consistency for such a model", choices=SAMPLERS)
     add("mid_sigma", 0.821, "second noise level of a consistency model; ImageNet-64: 1.526")
     add("cfg_scale", 1.0, "guidance scale; 1 = none")
-    add("cfg_interval", None, "noise levels with guidance: LOW HIGH; None = all", float, nargs=2)
-    add("guide_ckpt", None, "guide by this worse model, such as an earlier one, not by no class")
+    add("cfg_interval", None, "guide only above LOW and up to HIGH; None = everywhere", float,
+        nargs=2)
+    add("guide_ckpt", None, "a worse model to guide by, averaged weights; None = no class")
     add("seed", 0, "seed of the noise")
     add("batch_size", batch_size, "images at a time", low=1)
     add("device", "auto", "where to run", choices=("auto", "cpu", "cuda"))
@@ -253,7 +255,7 @@ def sampling_settings(args, denoiser, checkpoint):
     config = checkpoint["config"]
     has_null = denoiser.config.num_classes and config.get("label_dropout", 0.1)
     check(args.cfg_scale == 1 or has_null or args.guide_ckpt, "--cfg_scale needs a model that was "
-          "trained with classes and without (--label_dropout), or --guide_ckpt")
+          "trained with classes and --label_dropout, or --guide_ckpt")
     check(args.cfg_scale != 1 or not args.guide_ckpt, "--guide_ckpt needs a --cfg_scale, such as 2")
     sampler, sigmas = noise_levels(denoiser.config, args.sampler, args.steps, args.mid_sigma)
     return dict(seed=args.seed, sampler=sampler, steps=len(sigmas) - 1, mid_sigma=args.mid_sigma,
@@ -271,8 +273,8 @@ def drawer(args, denoiser, checkpoint, settings):
         device = next(denoiser.parameters()).device
         guide, stored = load_denoiser(args.guide_ckpt, device=device)
         same_classes = stored["class_names"] == checkpoint["class_names"]
-        check(same_classes and same_task(guide.config, denoiser.config), f"--guide_ckpt "
-              f"{args.guide_ckpt} is for other images or classes than the model")
+        check(same_classes and same_task(guide.config, denoiser.config),
+              f"{args.guide_ckpt} differs from the model in images, classes, patches or loss")
     return partial(generate, denoiser, guide=guide, batch_size=args.batch_size,
                    dtype=getattr(torch, args.dtype), **settings)
 
@@ -314,7 +316,8 @@ def main(argv=None):
     draw = drawer(args, denoiser, checkpoint, settings)
     print0(f"{args.num} samples of {args.ckpt} at step {checkpoint['step']}: {settings}")
     if suffix != ".png":
-        recipe = vars(args) | settings | dict(modified=os.path.getmtime(args.ckpt))
+        modified = [os.path.getmtime(file) for file in (args.ckpt, args.guide_ckpt) if file]
+        recipe = vars(args) | settings | dict(modified=modified)
         write_all(args.out, draw, args.num, args.batch_size, recipe, names)
     elif RANK == 0:
         num_batches = math.ceil(args.num / args.batch_size)

@@ -6,8 +6,8 @@ python train.py --loss=consistency --init_from=out/ft.pt  # 1- or 2-step generat
 python train.py --mask_ratio=0.9 --resume                 # continue stage 1 after an interruption
 torchrun --nproc_per_node=8 train.py --mask_ratio=0.9     # the same run on 8 GPUs
 
-All stages are one loop. Every draw of step n is made for the global batch, by a generator seeded
-with (seed, purpose, n): resuming is exact, and the number of processes changes only rounding.
+All stages are one loop. Every draw of step n but dropout's is made for the global batch, by a
+generator seeded with (seed, purpose, n): resuming is exact, more processes change only rounding.
 """
 
 import importlib.util
@@ -45,13 +45,13 @@ if os.name == "posix":
     import fcntl  # to lock a file
 
 # ---- Presets: flags that need not be typed, for a network and for its stages pt (masked), ft
-# (whole) and cm (consistency), each in place of that of RECIPES. Defaults in `parse` are MaskDM's.
+# (whole), cm (consistency); a stage's replace those in RECIPES. Defaults in `parse` are MaskDM's.
 ECT = ("--steps=200_000 --init_weights=ema --label_dropout=0 --dropout=0.2 --dtype=float32 "
        "--optimizer=radam --lr=1e-4 --beta1=0.9 --beta2=0.999 --weight_decay=0 --ema=0.9999 "
        "--p_mean=-1.1 --p_std=2 --cm_stages=8 --sample_every=5000 ")  # arXiv 2406.14548, CIFAR-10
 DIT = "--lr=1e-4 --beta1=0.9 --beta2=0.999 --weight_decay=0 --ema=0.9999 "
 DEMO = ("--optimizer=muon --lr=2e-3 --beta1=0.9 --lr_schedule=cosine --warmup=100 --grad_clip=1 "
-        "--eval_every=1700 --save_every=1700 ")
+        "--eval_every=1700 --save_every=500 ")
 RECIPES = dict(pt="--batch_size=256", ft="--sample_every=5000", cm=ECT)
 PRESETS = {
     "demo": dict(  # two CPU cores, ten minutes for both stages
@@ -59,7 +59,7 @@ PRESETS = {
         pt=DEMO + "--batch_size=48 --steps=2300 --lr=4e-3 --lr_schedule=constant --eval_every=500",
         ft=DEMO + "--batch_size=4 --steps=3400 --sample_every=1700",
         cm=ECT + "--batch_size=32 --steps=1200 --lr=2e-3 --lr_schedule=cosine --dropout=0 "
-        "--ema=0.995 --cm_stages=4 --eval_every=500 --sample_every=400"),
+        "--ema=0.995 --cm_stages=4 --eval_every=500 --sample_every=400 --save_every=500"),
     "maskdm-64": dict(network="--dim=512 --depth=13 --heads=8 --patch_size=4"),
     "maskdm-256": dict(
         network="--dim=768 --depth=13 --heads=12 --patch_size=4",
@@ -120,7 +120,6 @@ def parse(argv):
     add("class_cond", False, "condition on the labels of the data set")
     add("label_dropout", 0.1, "probability of replacing a label by the null class", high=1)
     add("hflip", False, "flip half of the images left-right")
-    # Masks and losses.
     add("mask_ratio", 0.0, "share of hidden patches; stage 1 hides some", high=1)
     add("mask_type", "block", "what is hidden; crop = all but one square", choices=MASKS)
     add("block_size", 2, "side of a hidden block in patches", low=1)
@@ -540,7 +539,7 @@ def evaluate(ema, validation, cfg, eval_batch):
     for start in range(0, len(validation["clean"]), eval_batch):
         chunk = slice_batch(validation, start, eval_batch)
         losses = sum(objective(ema, chunk, cfg, cfg.steps - 1).values())
-        total += torch.stack([losses.sum(), torch.ones_like(losses).sum()])
+        total += torch.stack([losses, torch.ones_like(losses)]).sum(dim=1)
     loss, num_images = sum_over_processes(total).tolist()
     return loss / num_images
 
@@ -566,7 +565,7 @@ def open_log(cfg):
         yield log
 
 def due(step, every):  # 0 = never
-    return every > 0 and step % every == 0
+    return every and step % every == 0
 
 # ---- The run.
 MAX_BAD_STEPS = 10  # in a row
@@ -687,9 +686,10 @@ def main(argv):
           "independent copies: use srun torchrun --nproc_per_node=GPUS train.py, one task a node")
     cfg, checkpoint, resumed = parse(argv)
     path = out_path(cfg, ".pt")
-    inputs = [os.path.realpath(file) for file in (cfg.init_from, cfg.distill_from) if file]
-    for file in (path, previous(path)):  # what a save replaces
-        check(os.path.realpath(file) not in inputs, f"{file} is read: give another --out_dir")
+    own = os.path.realpath(out_path(cfg, ""))  # so begin the names of this run's files
+    for file in filter(None, (cfg.init_from, cfg.distill_from)):
+        check(not os.path.realpath(file).startswith(own), f"{file} is read: give another --out_dir")
+    for file in (path, previous(path)):
         check(resumed or cfg.force or not os.path.exists(file), f"{file} is of an earlier run: "
               "continue it with --resume, give another --out_dir, or replace it with --force")
     os.makedirs(cfg.out_dir, exist_ok=True)

@@ -237,7 +237,7 @@ def test_folded_network_equals_the_plain_one_alone_and_in_a_batch(inception):
 def test_any_file_with_the_right_keys_is_loaded_and_its_hash_told(inception, tmp_path):
     path = public_file(inception, tmp_path / "weights.pth")
     net, identity = load_features("inception", path)
-    assert identity == f"fid {hashlib.sha256((tmp_path / 'weights.pth').read_bytes()).hexdigest()}"
+    assert identity == f"fid {hashlib.sha256((tmp_path / 'weights.pth').read_bytes()).hexdigest()}+pytorch-fid"
     x = torch.from_numpy(images(1, 32)).permute(0, 3, 1, 2)
     torch.testing.assert_close(net(x), inception(x), rtol=1e-4, atol=1e-4)
     state = torch.load(path, weights_only=True)
@@ -532,7 +532,7 @@ def test_random_features_are_never_called_fid(measure, capsys, tmp_path, monkeyp
     result = measure(stats, stats)
     assert "fid" not in result and result["random_fd"] == 1.5
     assert result["features"] == "random_fd" and len(set(result["weights"])) == 1
-    assert "bilinear" in result["resize"]
+    assert result["weights"][0].endswith("+pytorch-fid")
     assert len(result["warnings"]) == 2  # both have fewer than 2,048 images
 
 
@@ -650,7 +650,9 @@ def test_both_resizes_are_told_apart(measure, tmp_path, capsys):
         fid.main([a, f"--stats={tmp_path}/{resize}.npz", *common])
         capsys.readouterr()
         found[resize] = measure(f"{tmp_path}/{resize}.npz", b, *common)
-        assert found[resize]["resize"].startswith(resize)
+        assert all(weights.endswith(f"+{resize}") for weights in found[resize]["weights"])
+    again = measure(f"{tmp_path}/tf1.npz", f"{tmp_path}/tf1.npz")  # whatever the flags are
+    assert all(weights.endswith("+tf1") for weights in again["weights"])
     assert abs(found["tf1"]["random_fd"] / found["pytorch-fid"]["random_fd"] - 1) > 1e-3
     assert "the features differ" in mistake(fid.main, f"{tmp_path}/tf1.npz", b, "--features=random", "--device=cpu")
 

@@ -1265,5 +1265,7 @@ def test_latents_are_multiplied_by_the_scale_instead_of_normalised(tmp_path):
     images = Images(str(out))
     patches = torch.from_numpy(images.read(np.arange(19), None, np.zeros(19, bool)))
     torch.testing.assert_close(normalised(patches, images.meta["latent"]), 0.18215 * patches)
+    part = prepare(out, tmp_path / "part", "--num=5")  # a part of a set means the same
+    assert open_folder(part)[2]["latent"] == images.meta["latent"]
     np.savez(tmp_path / "x.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
     assert "latents" in refused(tmp_path / "x.npz", "--out", tmp_path / "b", "--latent_scale=0.18215")

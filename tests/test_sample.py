@@ -175,9 +175,11 @@ def test_a_model_without_classes_can_be_guided_by_an_earlier_version(tmp_path):
     assert np.array_equal(drawn["only the guide"], np.load(tmp_path / "half.npz")["arr_0"])
     assert np.array_equal(drawn["nowhere"], drawn["plain"])
     assert all(np.abs(drawn["plain"] - drawn[name]).max() > 2 for name in ("guided", "by another network"))
+    reversed_interval = ["--ckpt", ckpt, *out, tmp_path / "x.npz", "--guide_ckpt", other, "--cfg_scale=2"]
+    assert "LOW below HIGH" in mistake(sample.main, *reversed_interval, "--cfg_interval", "3", "1")
     wrong = make_checkpoint(tmp_path / "classes.pt", classes=3)
     request = ["--ckpt", ckpt, *out, tmp_path / "x.npz", "--guide_ckpt"]
-    assert "other images or classes" in mistake(sample.main, *request, wrong, "--cfg_scale=2")
+    assert "images, classes" in mistake(sample.main, *request, wrong, "--cfg_scale=2")
     assert "--cfg_scale" in mistake(sample.main, *request, other)
 
 
@@ -369,14 +371,15 @@ def test_an_interrupted_run_goes_on_and_other_samples_are_not_mixed_into_it(tmp_
     assert not list(tmp_path.glob("*.parts"))
 
 
-def test_what_another_model_in_the_same_place_drew_is_not_taken_over(tmp_path, monkeypatch):
-    ckpt = make_checkpoint(tmp_path / "ft.pt")
-    args = ["--ckpt", str(ckpt), "--steps=2", "--num=4", "--batch_size=2"]
+@pytest.mark.parametrize("changed", ["ft.pt", "guide.pt"])
+def test_what_another_model_in_the_same_place_drew_is_not_taken_over(tmp_path, monkeypatch, changed):
+    ckpt, guide = make_checkpoint(tmp_path / "ft.pt"), make_checkpoint(tmp_path / "guide.pt")
+    args = ["--ckpt", str(ckpt), "--guide_ckpt", str(guide), "--cfg_scale=3", "--steps=2", "--num=4", "--batch_size=2"]
     with monkeypatch.context() as patch:
         patch.setattr(np, "savez", lambda *_, **__: 1 / 0)  # all are drawn, but not yet put together
         with pytest.raises(ZeroDivisionError):
             sample.main([*args, f"--out={tmp_path}/s.npz"])
-    make_checkpoint(ckpt, depth=1)
+    make_checkpoint(tmp_path / changed, depth=1)
     sample.main([*args, f"--out={tmp_path}/s.npz"])
     sample.main([*args, f"--out={tmp_path}/fresh.npz"])
     assert np.array_equal(images_at(tmp_path / "s.npz"), images_at(tmp_path / "fresh.npz"))
@@ -420,10 +423,10 @@ def test_bad_requests_get_a_sentence(tmp_path):
         assert f"no class {{'{wrong}'}}" in mistake(sample.main, "--ckpt", cond, f"--labels=cat,{wrong}", *out)
     # The names of the data are no classes of a model without any.
     assert "it has []" in mistake(sample.main, "--ckpt", ckpt, "--labels", "0", *out)
-    assert "with classes and without" in mistake(sample.main, "--ckpt", ckpt, "--cfg_scale", "2", *out)
+    assert "with classes and --label_dropout" in mistake(sample.main, "--ckpt", ckpt, "--cfg_scale", "2", *out)
     state = torch.load(cond, weights_only=True)
     save_checkpoint(str(cond), state | {"config": state["config"] | {"label_dropout": 0.0}})
-    assert "with classes and without" in mistake(sample.main, "--ckpt", cond, "--cfg_scale", "2", *out)
+    assert "with classes and --label_dropout" in mistake(sample.main, "--ckpt", cond, "--cfg_scale", "2", *out)
     for flag in "--num=0", "--batch_size=0", "--steps=0":
         assert ">= 1" in mistake(sample.main, "--ckpt", ckpt, flag, *out)
     assert not list(tmp_path.glob("x*"))

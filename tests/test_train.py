@@ -956,9 +956,9 @@ def test_with_force_a_run_is_replaced_and_the_one_before_stays(dataset, tmp_path
 
 @pytest.mark.parametrize("spelling", ["{0}/{1}", "{0}//{1}", "{0}/../{0.name}/{1}", "{0}/link/{1}"])
 def test_a_checkpoint_that_the_run_reads_is_not_written_over(dataset, tmp_path, spelling):
-    train.main(flags_for(dataset, tmp_path, *TINY, "--steps=2", "--save_every=1"))
+    train.main(flags_for(dataset, tmp_path, *TINY, "--steps=2", "--save_every=1", "--keep_every=1"))
     (tmp_path / "link").symlink_to(".")
-    before = {name: (tmp_path / name).read_bytes() for name in ("ft.pt", "ft.prev.pt")}
+    before = {name: (tmp_path / name).read_bytes() for name in ("ft.pt", "ft.prev.pt", "ft-0000001.pt")}
     for name in before:
         path = spelling.format(tmp_path, name)
         for reads in [f"--init_from={path}"], [f"--distill_from={path}", f"--replay={dataset}"]:
