@@ -36,6 +36,20 @@ def test_what_a_resumed_run_repeats_counts_once_and_its_seconds_go_on(tmp_path):
     assert curves.points_of(runs["ft"], "grad_norm") == [(10, 0.5)]
 
 
+def test_a_stage_follows_the_one_that_it_starts_from(tmp_path, monkeypatch):
+    first = [dict(start("pt", 0), config=dict(out_dir="out", init_from=None)), line("pt", 10, 4.0, 2), line("pt", 20, 3.0, 5)]
+    second = [dict(start("ft", 0), config=dict(out_dir="out", init_from="./out/pt.pt")), line("ft", 10, 2.0, 3),
+              dict(run="ft", step=10, val_loss=1.5)]
+    drawn = []
+    monkeypatch.setattr(curves, "draw", lambda path, lines, title: drawn.append({(n, d): p for n, p, d in lines}))
+    out = str(write(tmp_path / "out", first + second))
+    for x in "seconds", "step":
+        curves.main([out, "--x", x])
+    seconds, steps = drawn
+    assert seconds[f"{out} pt", False][-1] == (5, 3.0) and seconds[f"{out} ft", False] == [(8, 2.0)]
+    assert seconds[f"{out} ft", True] == [(8, 1.5)] and steps[f"{out} ft", True] == [(10, 1.5)]
+
+
 def test_smoothing_takes_the_mean_of_the_last_twentieth():
     points = [(i, math.sin(i) + 2) for i in range(1, 201)]
     for i, (t, v) in enumerate(curves.smoothed(points)):

@@ -4,11 +4,13 @@ python tests/tools/curves.py out                                # every run in o
 python tests/tools/curves.py out other/out --x seconds --out both.png
 
 Lines are losses of steps (means over the last twentieth), dots are validation losses. Both axes are
-logarithmic. Seconds are those of training, without validation and saving.
+logarithmic. Seconds are those of training, without validation and saving; a run that starts from another
+one (--init_from) follows it on the axis.
 """
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -48,6 +50,11 @@ def points_of(records, what, x="step"):
         if what in record:
             points.append((record["step"] if x == "step" else seconds, record[what]))
     return [(t, value) for t, value in points if t > 0 and value > 0]  # which have logarithms
+
+def previous_seconds(records, ends):
+    """Seconds of training before a run, by the log of the run that it starts from; 0 if that is not among them."""
+    config = records[0].get("config", {})
+    return ends.get(os.path.normpath(config.get("init_from") or "none"), 0.0)
 
 def smoothed(points):
     """Each value the mean of those of the last twentieth of the steps until then."""
@@ -109,10 +116,15 @@ def main(argv):
     parser.add("out", None, "PNG to write; None = curves.png in the first folder")
     args = parser.parse_args(argv)
     lines = []
+    ends = {}  # checkpoint of a run, as its command named it: seconds of training until then
     for folder in args.runs:
         for run, records in runs_of(folder).items():
-            lines.append((f"{folder} {run}", smoothed(points_of(records, "loss", args.x)), False))
-            lines.append((f"{folder} {run}", points_of(records, "val_loss", args.x), True))
+            before = previous_seconds(records, ends) if args.x == "seconds" else 0
+            for what, with_dots in (("loss", False), ("val_loss", True)):
+                points = [(before + x, value) for x, value in points_of(records, what, args.x)]
+                lines.append((f"{folder} {run}", points if with_dots else smoothed(points), with_dots))
+            out_dir = records[0].get("config", {}).get("out_dir", folder)
+            ends[os.path.normpath(f"{out_dir}/{run}.pt")] = max((x for _, points, _ in lines[-2:] for x, _ in points), default=0)
     lines = [line for line in lines if line[1]]
     check(lines, f"nothing to draw in {', '.join(args.runs)}: the runs have not logged yet")
     path = args.out or f"{args.runs[0]}/curves.png"
