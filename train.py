@@ -69,7 +69,7 @@ PRESETS = {
         network="--dim=1152 --depth=28 --heads=16 --patch_size=2 --class_cond "
         "--decoder_depth=8 --decoder_dim=512 --decoder_heads=16",
         pt=DIT + "--batch_size=1024 --steps=2_000_000 --mask_type=patch",
-        ft=DIT + "--batch_size=512 --steps=100_000 --lr=5e-5"),
+        ft=DIT + "--batch_size=512 --steps=100_000 --lr=5e-5 --dtype=float32 --tf32"),
     "tread-b": dict(
         network="--dim=768 --depth=12 --heads=12 --patch_size=2 --class_cond --route=2,9",
         pt=DIT + "--batch_size=256 --steps=400_000 --mask_type=patch", ft=DIT + "--batch_size=256"),
