@@ -51,12 +51,12 @@ ECT = ("--steps=200_000 --init_weights=ema --label_dropout=0 --dropout=0.2 --dty
        "--p_mean=-1.1 --p_std=2 --cm_stages=8 --sample_every=5000 ")  # arXiv 2406.14548, CIFAR-10
 DIT = "--lr=1e-4 --beta1=0.9 --beta2=0.999 --weight_decay=0 --ema=0.9999 "
 DEMO = ("--optimizer=muon --lr=2e-3 --beta1=0.9 --lr_schedule=cosine --warmup=100 --grad_clip=1 "
-        "--eval_every=1700 --save_every=500 ")
+        "--eval_every=1150 --save_every=500 ")
 RECIPES = dict(pt="--batch_size=256", ft="--sample_every=5000", cm=ECT)
 PRESETS = {
     "demo": dict(  # two CPU cores, ten minutes for both stages
         network="--dim=128 --depth=6 --heads=4 --patch_size=4",
-        pt=DEMO + "--batch_size=48 --steps=2300 --lr=4e-3 --lr_schedule=constant --eval_every=500",
+        pt=DEMO + "--batch_size=48 --steps=2300 --mask_type=crop --lr=4e-3 --lr_schedule=constant",
         ft=DEMO + "--batch_size=4 --steps=3400 --sample_every=1700",
         cm=ECT + "--batch_size=32 --steps=1200 --lr=2e-3 --lr_schedule=cosine --dropout=0 "
         "--ema=0.995 --cm_stages=4 --eval_every=500 --sample_every=400 --save_every=500"),

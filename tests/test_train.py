@@ -1156,7 +1156,7 @@ def test_too_little_memory_gets_a_sentence_that_names_the_micro_batch(dataset, t
     (["--mask_ratio=1"], ["--mask_ratio"]),
     (["--mask_ratio=-0.5"], ["--mask_ratio"]),
     (["--mask_ratio=0.01"], ["16 of 16 patches"]),
-    (["--mask_ratio=0.5", "--block_size=3"], ["block_size"]),
+    (["--mask_ratio=0.5", "--mask_type=block", "--block_size=3"], ["block_size"]),
     (["--ema=1"], ["--ema"]),
     (["--route=1"], ["route", "(1,)"]),
     (["--route=3,1"], ["route", "(3, 1)"]),
