@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import mistake
+from conftest import TINY, mistake
 
 import bench
 import model
@@ -146,6 +146,17 @@ def test_a_plan_adds_up(capsys):
     ms["the GPU"] = ms.pop("products and attention") + ms.pop("optimizer and average")
     assert f"the limit is {max(ms, key=ms.get)}: " in out
     assert "--nonsense" in mistake(bench.main, "plan", "--nonsense=1")
+
+
+def test_what_the_demo_leaves_can_be_drawn_from(dataset, tmp_path):
+    bench.train.main([f"--data={dataset}", f"--out_dir={tmp_path}/out", "--batch_size=12", "--steps=3", "--log_every=1", *TINY])
+    (tmp_path / "out/samples.png").write_bytes(b"a picture")
+    (tmp_path / "kept").mkdir()
+    bench.keep_demo(f"{tmp_path}/out", tmp_path / "kept")
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"samples.png", "demo-loss.png", "demo.pt"}
+    kept, whole = ((sample.load_denoiser(str(path))[0]) for path in (tmp_path / "kept/demo.pt", tmp_path / "out/ft.pt"))
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(kept.state_dict()[name], weight, rtol=1e-3, atol=1e-6)
 
 
 ADAPTER = """

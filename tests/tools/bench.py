@@ -3,7 +3,7 @@
 python tests/tools/bench.py steps --only x1            # cases whose name contains this
 python tests/tools/bench.py steps --against other.py   # a step of ours and of another network in turns
 python tests/tools/bench.py attention                  # the fused kernel and plain products
-python tests/tools/bench.py demo                       # README's first command
+python tests/tools/bench.py demo --keep assets         # README's first command, and its picture, curve and weights
 python tests/tools/bench.py plan --preset=maskdit-xl --mask_ratio=0.5 --size 32 --channels 4 --gpus 8
 
 A step is forward, backward, clipping and AdamW of a batch of noise, without data and average. Every
@@ -21,6 +21,7 @@ seen. It may have NAME, and CONFIG, a dict of what differs from --preset=maskdm-
 import json
 import resource
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+import curves
 import model
 import sample
 import train
@@ -237,6 +239,15 @@ def attention(args):
         q, k, v = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
         yield str(shape), {name: 1e3 * clock(lambda: way(q, k, v).sum().backward()) for name, way in ways.items()}
 
+def keep_demo(out, folder):
+    """The samples, the losses against seconds, and the averaged weights in float16."""
+    shutil.copy(f"{out}/samples.png", folder)
+    curves.main([out, "--x", "seconds", "--out", f"{folder}/demo-loss.png"])
+    checkpoint = model.load_checkpoint(f"{out}/ft.pt")
+    known = {name: checkpoint[name] for name in ("architecture", "noise", "network", "step", "class_names", "config")}
+    known["config"] = {name: value for name, value in known["config"].items() if name != "out_dir"}
+    torch.save(known | dict(ema={name: w.half() for name, w in checkpoint["ema"].items()}), f"{folder}/demo.pt")
+
 def demo(args):
     """README's first command without the set-up, in an empty folder: seconds of all, validation loss of each run."""
     lines = (ROOT / "README.md").read_text().splitlines()
@@ -247,6 +258,8 @@ def demo(args):
             name, *flags = part.split()[1:]
             subprocess.run([sys.executable, ROOT / name, *flags], cwd=folder, check=True, capture_output=True)
         values = dict(all_s=time.time() - begin)
+        if args.keep:
+            keep_demo(f"{folder}/out", args.keep)
         for line in open(f"{folder}/out/log.jsonl"):
             record = json.loads(line)
             for key in ("seconds", "val_loss"):
@@ -418,6 +431,7 @@ def main(argv):
     parser.add("against", [], "files that make other networks, for steps", nargs="+")
     parser.add("repeats", 3, "steps of each", low=1)
     parser.add("json", None, "file for the results, the commit and the machine")
+    parser.add("keep", None, "folder for what demo made")
     args = parser.parse_args(argv)
     rows = list(SECTIONS[args.section](args))
     check(rows, f"--only {args.only}: expected a part of one of {', '.join(STEPS)}")
