@@ -46,8 +46,8 @@ def test_a_stage_follows_the_one_that_it_starts_from(tmp_path, monkeypatch):
     for x in "seconds", "step":
         curves.main([out, "--x", x])
     seconds, steps = drawn
-    assert seconds[f"{out} pt", False][-1] == (5, 3.0) and seconds[f"{out} ft", False] == [(8, 2.0)]
-    assert seconds[f"{out} ft", True] == [(8, 1.5)] and steps[f"{out} ft", True] == [(10, 1.5)]
+    assert seconds["pt", False][-1] == (5, 3.0) and seconds["ft", False] == [(8, 2.0)]
+    assert seconds["ft", True] == [(8, 1.5)] and steps["ft", True] == [(10, 1.5)]
 
 
 def test_smoothing_takes_the_mean_of_the_last_twentieth():

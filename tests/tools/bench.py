@@ -433,12 +433,13 @@ def main(argv):
     parser.add("json", None, "file for the results, the commit and the machine")
     parser.add("keep", None, "folder for what demo made")
     args = parser.parse_args(argv)
+    about = where_from()  # before --keep changes the tree
     rows = list(SECTIONS[args.section](args))
     check(rows, f"--only {args.only}: expected a part of one of {', '.join(STEPS)}")
     cells = [[name, *(format(v, ".4g") if isinstance(v, float) else str(v) for v in values.values())]
              for name, values in rows]
     print(markdown(["case", *rows[0][1]], cells))
-    results = [dict(section=args.section, case=name, **values, **where_from()) for name, values in rows]
+    results = [dict(section=args.section, case=name, **values, **about) for name, values in rows]
     if args.json:
         Path(args.json).write_text(json.dumps(dict(command=typed(__file__, argv), results=results), indent=1))
 

@@ -119,10 +119,11 @@ def main(argv):
     ends = {}  # checkpoint of a run, as its command named it: seconds of training until then
     for folder in args.runs:
         for run, records in runs_of(folder).items():
+            name = run if len(args.runs) == 1 else f"{folder} {run}"
             before = previous_seconds(records, ends) if args.x == "seconds" else 0
             for what, with_dots in (("loss", False), ("val_loss", True)):
                 points = [(before + x, value) for x, value in points_of(records, what, args.x)]
-                lines.append((f"{folder} {run}", points if with_dots else smoothed(points), with_dots))
+                lines.append((name, points if with_dots else smoothed(points), with_dots))
             out_dir = records[0].get("config", {}).get("out_dir", folder)
             ends[os.path.normpath(f"{out_dir}/{run}.pt")] = max((x for _, points, _ in lines[-2:] for x, _ in points), default=0)
     lines = [line for line in lines if line[1]]
