@@ -58,7 +58,7 @@ PRESETS = {
         network="--dim=128 --depth=6 --heads=4 --patch_size=4",
         pt=DEMO + "--batch_size=48 --steps=2300 --mask_type=crop --lr=4e-3 --lr_schedule=constant",
         ft=DEMO + "--batch_size=4 --steps=3400 --sample_every=1700",
-        cm=ECT + "--batch_size=32 --steps=1200 --lr=2e-3 --lr_schedule=cosine --dropout=0 "
+        cm=ECT + "--batch_size=32 --steps=1200 --lr=2e-3 --lr_schedule=cosine "
         "--ema=0.995 --cm_stages=4 --eval_every=500 --sample_every=400 --save_every=500"),
     "maskdm-64": dict(network="--dim=512 --depth=13 --heads=8 --patch_size=4"),
     "maskdm-256": dict(

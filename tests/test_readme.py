@@ -99,6 +99,11 @@ def test_figures_within_the_text_are_those_of_the_results():
     faces = [d["judge_fd"] for r in stored("consistency-faces.json")["results"] for d in r["drawn"]]
     assert (f"reach {faces[5]:.3g} in two steps and {faces[4]:.3g} in one, against {faces[0]:.3g} in 35 evaluations and "
             f"{faces[3]:.3g} in 8") in text
+    dropped = {(r["dropout"], r["weights"], r["steps"], r["seed"]): f"{r['random_fd']:.2f}"
+               for r in stored("dropout.json")["results"]}
+    for weights, steps in ("raw", 1), ("raw", 2), ("ema", 1):
+        with_it, without = (" and ".join(dropped[p, weights, steps, seed] for seed in (0, 1)) for p in (0.2, 0))
+        assert f"{with_it} against {without} in" in text
     for r in stored("official.json")["results"]:
         assert f"{r['val_loss']:.4f} and " in text and re.search(rf" {r['drawn'][0]['judge_fd']:.3g}\b", text)
     *drawn, real = [f"{100 * r['agreement']:.0f}" for r in stored("label-agreement.json")["results"]]
