@@ -79,8 +79,8 @@ def unpatchify(tokens, patch_size):
     x = x.permute(0, 1, 3, 2, 4, 5)  # (B, H/p, p, W/p, p, C)
     return x.reshape(b, side, side, -1)
 
-# A mask (grid, mask_ratio, block_size) -> K, and draw(batch, generator, rows) -> visible patches,
-# int64 (number of rows, K), ascending, of `rows`, a slice of the batch for which all is drawn.
+# A mask (grid, mask_ratio, block_size) -> K and draw. draw(batch, generator, rows) draws for all
+# the batch and returns the visible patches of its slice `rows`: int64 (rows, K), ascending.
 def block_mask(grid, mask_ratio, block_size):
     """Hide int(ratio*N) // b^2 blocks of b x b patches on their grid (MaskDM sec. 3.2)."""
     b = block_size
@@ -298,7 +298,7 @@ class DiT(nn.Module):
         shift, scale = self.decoder_adaLN(cond)[:, None].chunk(2, dim=2)
         x = self.decoder_embed(modulate(x, shift, scale))
         if visible is None:
-            x = x + 0 * self.mask_token  # DDP expects a gradient for every weight, if only zero
+            x = x + 0 * self.mask_token  # DDP expects a gradient for every weight, even a zero
         else:
             mask_tokens = self.mask_token.to(x.dtype)
             mask_tokens = mask_tokens.expand(len(x), len(self.positions), -1)
@@ -326,7 +326,7 @@ def noised(clean, noise, sigma):
     return clean + sigma.view(-1, 1, 1) * noise
 
 def denoising_loss(denoised, clean, sigma):
-    """Weighted denoising error of each image over its visible patches, (B,) (EDM eq. 8).
+    """Weighted denoising error of each image over the patches given, (B,) (EDM eq. 8).
     denoised, clean (B, K, p*p*C), sigma (B,). With everything visible it is the plain EDM loss."""
     weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
     error = (denoised - clean).square().mean((1, 2))
@@ -388,7 +388,7 @@ def reconstruction_loss(denoised, noisy, visible):
     return error.scatter(1, visible, 0).sum(dim=1) / num_hidden
 
 def consistency_step(t, stage, q=2.0, k=8.0):
-    """The lower noise level r of each pair (t, r), 0 <= r < t (ECT eq. 16; k = 0: the constant).
+    """The lower noise level r of each pair (t, r), 0 <= r < t (ECT eq. 16; k = 0: constant r/t).
     t (B,); the two levels approach each other from stage to stage, 0, 1, 2, ..."""
     gap = q ** -(stage + 1.0) * (1 + k * torch.sigmoid(-t))  # 1 - r/t
     return (t * (1 - gap)).clamp_min(0)
@@ -426,8 +426,8 @@ def consistency_loss(f_t, target, t, r, c=0.0, weight="gap"):
 # ---- Objectives: the losses of each image, by name. Their sum is trained, each of them is logged.
 def objective(model, batch, cfg, step):
     """The losses of the images of a batch at a step, {name: (b,)}, weighted so as to be summed.
-    batch: clean, noise (b, K, d), sigma (b,); if patches are hidden visible (b, K); with classes
-    labels (b,), -1 = no class; target (b, K, d) if it is not `clean`; seed, an int, of dropout."""
+    batch: clean, noise (b, K, d), K = N if config.takes_all; sigma (b,). Where needed visible (b,
+    K), labels (b,), -1 = none, target (like clean), references and their labels, seed (dropout)."""
     return OBJECTIVES[cfg.loss](model, batch, cfg, step)
 
 def evaluate_network(model, x, sigma, batch):
@@ -463,15 +463,15 @@ def consistency_objective(model, batch, cfg, step):
     stage_length = math.ceil(cfg.steps / cfg.cm_stages)
     stage = step // stage_length
     r = consistency_step(t, stage, cfg.cm_q)
-    endpoint = clean  # where the ODE leads, judged by this image alone
+    endpoint = clean  # of the ODE through x_t, judged by one image (ECT), or below by many (SCT)
     if "references" in batch:
         allowed = None
         if labels is not None:
             own = labels[:, None]
             allowed = (own == batch["reference_labels"]) | (own == -1)
         endpoint = posterior_mean(x_t, clean, t, batch["references"], allowed)
-    step_size = (r - t) / t
-    x_r = x_t + step_size.view(-1, 1, 1) * (x_t - endpoint)
+    relative_step = (r - t) / t
+    x_r = x_t + relative_step.view(-1, 1, 1) * (x_t - endpoint)
     positive = r > 0
     with torch.no_grad():
         # Where r = 0 the output is not used, and any positive level will do.
@@ -517,25 +517,25 @@ def distill_targets(teacher, batch, num_new):
 
 # ---- An optimizer for matrices.
 def newton_schulz(x):
-    """The singular values of x (n, m), n <= m, moved towards 1, by iterations on n x n matrices."""
+    """Singular values of x (n, m), n <= m, towards 1: x <- p(x x') x five times, as product @ x."""
     def polynomial(square):
         factor = torch.addmm(square, square, square, beta=-4.775, alpha=2.0315)
         factor.diagonal().add_(3.4445)
         return factor
     square = x @ x.mT
-    norm = square.trace().clamp_min(1e-30)  # squared Frobenius norm
-    square = square / norm
+    norm2 = square.trace().clamp_min(1e-30)  # squared Frobenius norm
+    square = square / norm2
     factor = polynomial(square)
-    root = factor / norm.sqrt()
+    product = factor / norm2.sqrt()
     for _ in range(4):
         square = factor @ square @ factor
         factor = polynomial(square)
-        root = factor @ root
-    return root @ x
+        product = factor @ product
+    return product @ x
 
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal, for matrices; updates as large as AdamW's (arXiv 2502.16982). As
-    torch.optim.Muon, but in float32, never less, and on smaller products: for a CPU."""
+    torch.optim.Muon, but always in float32 and with smaller products, for CPUs."""
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -553,8 +553,8 @@ class Muon(torch.optim.Optimizer):
 
 # ---- Checkpoints: one file of tensors and plain values, replaced as a whole or not at all.
 def replace_file(path, write, keep=None):
-    """write(file) beside `path`, sync, rename; what it replaces gets the name `keep`, if any. When
-    the machine stops, one of them is whole."""
+    """write(file) to `path`.tmp, sync, rename; an old file at `path` is kept as `keep`, if given.
+    After a crash one of them is whole."""
     try:
         with open(f"{path}.tmp", "wb") as file:
             write(file)

@@ -255,7 +255,7 @@ def sampling_settings(args, denoiser, checkpoint):
     config = checkpoint["config"]
     has_null = denoiser.config.num_classes and config.get("label_dropout", 0.1)
     check(args.cfg_scale == 1 or has_null or args.guide_ckpt, "--cfg_scale needs a model that was "
-          "trained with classes and --label_dropout, or --guide_ckpt")
+          "trained with --class_cond and --label_dropout, or --guide_ckpt")
     check(args.cfg_scale != 1 or not args.guide_ckpt, "--guide_ckpt needs a --cfg_scale, such as 2")
     sampler, sigmas = noise_levels(denoiser.config, args.sampler, args.steps, args.mid_sigma)
     return dict(seed=args.seed, sampler=sampler, steps=len(sigmas) - 1, mid_sigma=args.mid_sigma,

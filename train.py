@@ -44,8 +44,8 @@ from sample import RANK, WORLD_SIZE, print0
 if os.name == "posix":
     import fcntl  # to lock a file
 
-# ---- Presets: flags that need not be typed, for a network and for its stages pt (masked), ft
-# (whole), cm (consistency); a stage's replace those in RECIPES. Defaults in `parse` are MaskDM's.
+# ---- Presets: flags of a network and of its stages pt (masked), ft (whole), cm (consistency). A
+# stage that is absent is taken from RECIPES, never merged with it. `parse`'s defaults are MaskDM's.
 ECT = ("--steps=200_000 --init_weights=ema --label_dropout=0 --dropout=0.2 --dtype=float32 "
        "--optimizer=radam --lr=1e-4 --beta1=0.9 --beta2=0.999 --weight_decay=0 --ema=0.9999 "
        "--p_mean=-1.1 --p_std=2 --cm_stages=8 --sample_every=5000 ")  # arXiv 2406.14548, CIFAR-10
@@ -54,7 +54,7 @@ DEMO = ("--optimizer=muon --lr=2e-3 --beta1=0.9 --lr_schedule=cosine --warmup=10
         "--eval_every=1150 --save_every=500 ")
 RECIPES = dict(pt="--batch_size=256", ft="--sample_every=5000", cm=ECT)
 PRESETS = {
-    "demo": dict(  # two CPU cores, ten minutes for both stages
+    "demo": dict(  # two CPU cores, five minutes for both stages
         network="--dim=128 --depth=6 --heads=4 --patch_size=4",
         pt=DEMO + "--batch_size=48 --steps=2300 --mask_type=crop --lr=4e-3 --lr_schedule=constant",
         ft=DEMO + "--batch_size=4 --steps=3400 --sample_every=1700",
@@ -166,12 +166,12 @@ def parse(argv):
     add("save_every", 2000, "steps between checkpoints; there is always one at the end")
     add("keep_every", 0, "steps between checkpoints that are kept, NAME-STEP.pt")
     flags = [flag for flag in argv if flag not in ("-h", "--help")]
-    cfg = parser.parse_args(flags)
+    cfg = parser.parse_args(flags)  # tells the stage; its recipe and the preset come below
     checkpoint = find_checkpoint(out_path(cfg, ".pt")) if cfg.resume else None  # of this stage
     resumed = checkpoint is not None
     if cfg.init_from and not resumed:
         checkpoint = load_checkpoint(cfg.init_from)
-    # The preset is the checkpoint's, else it goes by the device, as no other default does.
+    # Default preset: the checkpoint's; for a new run maskdm-64 on a GPU, demo on a CPU.
     if checkpoint:
         parser.set_defaults(preset=checkpoint["config"].get("preset", "demo"))
     elif sample.pick_device(cfg.device).type == "cuda":
@@ -179,7 +179,7 @@ def parse(argv):
     preset = RECIPES | PRESETS[parser.parse_args(flags).preset]
     recipe = f"{preset['network']} {preset[stage_of(cfg)]}"
     parser.set_defaults(**vars(parser.parse_args(recipe.split())))
-    # A default batch is one that the processes can share.
+    # Round the recipe's batch up to a multiple of the number of processes.
     local_batch = math.ceil(parser.get_default("batch_size") / WORLD_SIZE)
     parser.set_defaults(batch_size=local_batch * WORLD_SIZE)
     if checkpoint:
@@ -200,7 +200,7 @@ def stage_of(cfg):
 def out_path(cfg, ending):
     return os.path.join(cfg.out_dir, stage_of(cfg) + ending)
 
-# ---- The stream: step n -> its batch. All randomness of training is drawn here.
+# ---- The stream: step n -> its batch, by seeds (seed, purpose, n): 0 order, 1 draws, 2 noise, ...
 @lru_cache(8)
 def shuffled(n, seed, epoch):
     return torch.randperm(n, generator=sample.seeded(seed, 0, epoch)).numpy()
@@ -283,11 +283,11 @@ class Stream:
         return normalised(self.move(patches), self.config.latent)
 
     def references(self, step):
-        """Whole images over which a batch averages (SCT), of its classes, and their labels."""
+        """The images that SCT averages, whole and of the batch's classes, and their labels."""
         n = self.cfg.ref_batch - 1  # an image is itself the first of its references
         g = sample.seeded(self.cfg.seed, 5, step)
         uniform = torch.rand(n, generator=g, dtype=torch.float64).tolist()
-        # Draw j is from the pool of image floor(j * batch_size / n) of the batch.
+        # The n draws are spread evenly over the batch; each is from the pool of its image.
         batch_index = self.index(step)[np.arange(n) * self.cfg.batch_size // n]
         pools = [self.pools[self.pool_of[i]] for i in batch_index]
         index = np.array([pool[int(u * len(pool))] for pool, u in zip(pools, uniform)])
@@ -302,7 +302,7 @@ class Stream:
         return tensor.to(self.device, non_blocking=True)
 
 def fixed_batch(images, config, device, rows=slice(None)):
-    """512 whole images, evenly from a set, with noise levels (EDM's quantiles) and noise: the same
+    """Up to 512 whole images, evenly spaced, with noise levels (EDM quantiles) and noise: the same
     in every run, for validation and Fisher information. rows: those that this process takes."""
     n = min(len(images), 512)
     index = np.linspace(0, len(images) - 1, n).astype(int)[rows]
@@ -365,7 +365,7 @@ def setup(cfg):
     return device, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 def wrap(cfg, denoiser, ema, device):
-    """The network to call in training: its gradients are averaged over the processes. A fork that
+    """Set dropout, compile the blocks, and average gradients over processes (DDP). A fork that
     shards the weights does it here, also to `ema`, before the optimizers are built."""
     blocks = [module for module in denoiser.modules() if isinstance(module, Block)]
     for block in blocks:
@@ -374,8 +374,8 @@ def wrap(cfg, denoiser, ema, device):
         header = f"{sysconfig.get_path('include')}/Python.h"
         compiler = shutil.which(os.environ.get("CC", "cc"))
         check(compiler and os.path.exists(header), "no C compiler or no Python.h: --no-compile")
-        torch._dynamo.config.optimize_ddp = False  # it splits graphs to overlap; blocks do so, too
-        for block in blocks:  # all share one graph; its dropout is that of torch, by the seed
+        torch._dynamo.config.optimize_ddp = False  # compiled blocks already overlap communication
+        for block in blocks:  # all share one graph; fallback_random: dropout by torch's seed
             block.compile(dynamic=False, options=dict(combo_kernels=True, fallback_random=True))
     if WORLD_SIZE == 1:
         return denoiser
@@ -488,12 +488,12 @@ def start_loader(stream, step, device):
     """A thread that loads batches during the steps, and the future of the first batch."""
     threads = torch.get_num_threads()
     loader = ThreadPoolExecutor(1)
-    loader.submit(torch.set_num_threads, 1)  # or loops wait for a thread that has no core
+    loader.submit(torch.set_num_threads, 1)  # leave the other cores to the training step
     if device.type == "cuda":
         loader.submit(torch.cuda.set_device, device)  # or the new thread takes the first GPU
     pending = loader.submit(stream.load, step)
-    pending.result()  # by now the loader's set_num_threads(1) has run
-    torch.set_num_threads(threads)  # the loader's call set it here, too; the loader keeps 1
+    pending.result()  # by now set_num_threads(1) has run, which counts in this thread, too
+    torch.set_num_threads(threads)  # as before; the loader keeps 1
     return loader, pending
 
 # ---- Parts of a step.
@@ -534,7 +534,7 @@ def update_ema(ema, denoiser, cfg, step):
 
 @torch.no_grad()
 def evaluate(ema, validation, cfg, eval_batch):
-    """Mean loss of the averaged weights over all processes, at the gap of the last stage."""
+    """Mean loss of the EMA over all processes; for consistency, at the gap of the last stage."""
     total = validation["sigma"].new_zeros(2, dtype=torch.float64)  # the loss; the number of images
     for start in range(0, len(validation["clean"]), eval_batch):
         chunk = slice_batch(validation, start, eval_batch)
@@ -662,7 +662,7 @@ def train(cfg, checkpoint, resumed, log):
             batches = list(sample.generate(ema, range(16), seed=cfg.seed))
             if RANK == 0:
                 sample.save_grid(out_path(cfg, f"_{step:07d}.png"), np.concatenate(batches))
-        ending = stopping or step == cfg.steps  # weights are finite: skipped steps change none
+        ending = stopping or step == cfg.steps  # saves even after a skip, which changed no weight
         if ending and bad_steps < MAX_BAD_STEPS:
             save(path)
         elif bad_steps == 0 and due(step, cfg.save_every):
@@ -688,7 +688,7 @@ def main(argv):
     path = out_path(cfg, ".pt")
     own = os.path.realpath(out_path(cfg, ""))  # so begin the names of this run's files
     for file in filter(None, (cfg.init_from, cfg.distill_from)):
-        check(not os.path.realpath(file).startswith(own), f"{file} is read: give another --out_dir")
+        check(not os.path.realpath(file).startswith(own), f"{file} may be lost: change --out_dir")
     for file in (path, previous(path)):
         check(resumed or cfg.force or not os.path.exists(file), f"{file} is of an earlier run: "
               "continue it with --resume, give another --out_dir, or replace it with --force")

@@ -372,7 +372,7 @@ def test_mistakes_get_a_sentence(dataset, tmp_path):
     train.main(args + TINY)
     tune = [*args, *TINY[4:], "--loss=consistency", f"--init_from={tmp_path}/ft.pt"]
     guided = ["--ckpt", tmp_path / "ft.pt", "--num=2", "--steps=2", "--out", tmp_path / "x.png", "--cfg_scale=2"]
-    assert "classes" in mistake(sample.main, *guided)
+    assert "--class_cond" in mistake(sample.main, *guided)
     train.main(tune)
     tuned = ["--ckpt", tmp_path / "cm.pt", "--num=2", "--out", tmp_path / "y.png"]
     assert "a sampler of its own" in mistake(sample.main, *tuned, "--sampler=heun")

@@ -423,10 +423,10 @@ def test_bad_requests_get_a_sentence(tmp_path):
         assert f"no class {{'{wrong}'}}" in mistake(sample.main, "--ckpt", cond, f"--labels=cat,{wrong}", *out)
     # The names of the data are no classes of a model without any.
     assert "it has []" in mistake(sample.main, "--ckpt", ckpt, "--labels", "0", *out)
-    assert "with classes and --label_dropout" in mistake(sample.main, "--ckpt", ckpt, "--cfg_scale", "2", *out)
+    assert "with --class_cond and --label_dropout" in mistake(sample.main, "--ckpt", ckpt, "--cfg_scale", "2", *out)
     state = torch.load(cond, weights_only=True)
     save_checkpoint(str(cond), state | {"config": state["config"] | {"label_dropout": 0.0}})
-    assert "with classes and --label_dropout" in mistake(sample.main, "--ckpt", cond, "--cfg_scale", "2", *out)
+    assert "with --class_cond and --label_dropout" in mistake(sample.main, "--ckpt", cond, "--cfg_scale", "2", *out)
     for flag in "--num=0", "--batch_size=0", "--steps=0":
         assert ">= 1" in mistake(sample.main, "--ckpt", ckpt, flag, *out)
     assert not list(tmp_path.glob("x*"))
