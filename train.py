@@ -7,7 +7,7 @@ python train.py --mask_ratio=0.9 --resume                 # continue stage 1 aft
 torchrun --nproc_per_node=8 train.py --mask_ratio=0.9     # the same run on 8 GPUs
 
 All stages are one loop. Every draw of step n but dropout's is made for the global batch, by a
-generator seeded with (seed, purpose, n): resuming is exact, more processes change only rounding.
+generator of (seed, purpose, n): resuming is exact, more processes change rounding and dropout.
 """
 
 import importlib.util
@@ -105,7 +105,7 @@ OPTIMIZERS = {
 
 def parse(argv):
     """-> settings; the checkpoint to resume or to start from, or None; whether it is resumed.
-    --help prints the settings that the command with it would use."""
+    Each set_defaults overrides those before; --help prints what the command would use."""
     parser = Parser(__doc__)
     add = parser.add
     add("data", "data/faces", "prepared set, or several with commas for their union")
@@ -131,7 +131,7 @@ def parse(argv):
     add("cm_q", 2.0, "what the gap is divided by", low=1)
     add("cm_c", 0.0, "constant of the pseudo-Huber distance")
     add("cm_weight", "gap", "1/(t - r), or 1/t^2 + 1/sigma_data^2", choices=CONSISTENCY_WEIGHTS)
-    add("ref_batch", 0, "images averaged for the target (SCT); 0 = none (ECT)")
+    add("ref_batch", 0, "images averaged for the target (SCT); 0 or 1 = none (ECT)")
     # Continual learning.
     add("replay", None, "prepared sets of old images to mix into every batch")
     add("replay_frac", 0.5, "share of old images in a batch")
@@ -142,7 +142,7 @@ def parse(argv):
     add("ewc_data", None, "sets to estimate it on; None = those of init_from")
     # Optimization.
     add("batch_size", 128, "images per step over all processes", low=1)
-    add("micro_batch", 0, "images per forward pass; 0 = as many as fit")
+    add("micro_batch", 0, "images per forward pass; 0 = all, on a CPU as fits its caches")
     add("steps", 200_000, "optimizer steps of the whole run", low=1)
     add("optimizer", "adamw", "muon trains the matrices, AdamW the rest", choices=OPTIMIZERS)
     add("lr", 2e-4, "learning rate")
@@ -200,7 +200,7 @@ def stage_of(cfg):
 def out_path(cfg, ending):
     return os.path.join(cfg.out_dir, stage_of(cfg) + ending)
 
-# ---- The stream: step n -> its batch, by seeds (seed, purpose, n): 0 order, 1 draws, 2 noise, ...
+# ---- The stream. Purposes of seeds: 0 order, 1 draws, 2 noise, 3 fixed, 4 init, 5 refs, 6 dropout.
 @lru_cache(8)
 def shuffled(n, seed, epoch):
     return torch.randperm(n, generator=sample.seeded(seed, 0, epoch)).numpy()
@@ -287,7 +287,7 @@ class Stream:
         n = self.cfg.ref_batch - 1  # an image is itself the first of its references
         g = sample.seeded(self.cfg.seed, 5, step)
         uniform = torch.rand(n, generator=g, dtype=torch.float64).tolist()
-        # The n draws are spread evenly over the batch; each is from the pool of its image.
+        # Reference j comes from the pool of image j * batch_size // n of the batch.
         batch_index = self.index(step)[np.arange(n) * self.cfg.batch_size // n]
         pools = [self.pools[self.pool_of[i]] for i in batch_index]
         index = np.array([pool[int(u * len(pool))] for pool, u in zip(pools, uniform)])
@@ -302,7 +302,7 @@ class Stream:
         return tensor.to(self.device, non_blocking=True)
 
 def fixed_batch(images, config, device, rows=slice(None)):
-    """Up to 512 whole images, evenly spaced, with noise levels (EDM quantiles) and noise: the same
+    """Up to 512 whole images, evenly spaced, with noise, at levels of P_MEAN and P_STD: the same
     in every run, for validation and Fisher information. rows: those that this process takes."""
     n = min(len(images), 512)
     index = np.linspace(0, len(images) - 1, n).astype(int)[rows]
@@ -337,7 +337,7 @@ def configure_optimizers(denoiser, cfg):
     if matrices:
         named_matrices = [(name, p) for name, p in named if p in matrices]
         muon = Muon(named_matrices, settings)
-        if named[0][1].device.type == "cuda":  # in bfloat16, for which GPUs are made
+        if named[0][1].device.type == "cuda":  # the same, but multiplies in bfloat16
             muon = torch.optim.Muon(named_matrices, adjust_lr_fn="match_rms_adamw", **settings)
         optimizers.append(muon)
     return optimizers
@@ -357,7 +357,7 @@ def setup(cfg):
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = cfg.tf32
-        # Its backward has given NaN for 64 and 192 tokens (pytorch issue 196678); others do not.
+        # cuDNN's backward gave NaN for 64 and 192 tokens (pytorch issue 196678); others do not.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if WORLD_SIZE > 1:  # an hour, because saving a large model can take more than ten minutes
         dist.init_process_group(device_id=device if cuda else None, timeout=timedelta(hours=1))
@@ -400,7 +400,7 @@ def group_layout(states):  # "initial_lr" is there only after the first step
              for group in state["param_groups"]] for state in states]
 
 def restore_optimizers(optimizers, stored):
-    """Give each optimizer the saved moments; rates and betas remain those of this command."""
+    """Give each optimizer a copy of the saved moments; rates and betas remain this command's."""
     states = [optimizer.state_dict() for optimizer in optimizers]
     check(group_layout(states) == group_layout(stored),
           "the run to resume had another optimizer: give --init_from instead")
@@ -492,8 +492,8 @@ def start_loader(stream, step, device):
     if device.type == "cuda":
         loader.submit(torch.cuda.set_device, device)  # or the new thread takes the first GPU
     pending = loader.submit(stream.load, step)
-    pending.result()  # by now set_num_threads(1) has run, which counts in this thread, too
-    torch.set_num_threads(threads)  # as before; the loader keeps 1
+    pending.result()  # by now the loader has set its 1, and lowered this thread's number with it
+    torch.set_num_threads(threads)  # ours again; from here it does not reach the loader
     return loader, pending
 
 # ---- Parts of a step.
@@ -525,7 +525,7 @@ def accumulate_gradients(model, teacher, batch, cfg, step, micro_batch, local_ne
 
 @torch.no_grad()
 def update_ema(ema, denoiser, cfg, step):
-    """Average the weights; at first over few steps, but not where ECT or MaskDiT tune a model."""
+    """Average the weights. Early decay is smaller, except where ECT or MaskDiT tune a model."""
     decay = cfg.ema
     tuning = cfg.loss == "consistency" or cfg.decoder_depth > 0  # a decoder: MaskDiT
     if not (cfg.init_from and tuning):
@@ -584,7 +584,7 @@ def train(cfg, checkpoint, resumed, log):
     teacher = load_teacher(cfg, config, names, device) if cfg.distill_from else None
     penalized = cfg.l2 or cfg.ewc
     penalties = weight_penalties(cfg, config, names, device, autocast) if penalized else {}
-    stream = Stream(images, len(Images(cfg.data)), cfg, config, device)  # old ones come after
+    stream = Stream(images, len(Images(cfg.data)), cfg, config, device)  # images: new, then old
     num_tokens = config.grid**2 if config.takes_all else stream.num_visible
     local_batch = max(1, cfg.batch_size // WORLD_SIZE)
     micro_batch = cfg.micro_batch or sample.images_per_pass(local_batch, num_tokens, config, device)
@@ -607,7 +607,7 @@ def train(cfg, checkpoint, resumed, log):
            f" on {WORLD_SIZE} x {device}, {stream.num_visible} of {config.grid**2} patches visible")
     bar = progress_bar(total=cfg.steps, initial=step, desc=stage_of(cfg), disable=RANK > 0)
     loader, pending = start_loader(stream, step, device)
-    seconds = warm_up = 0.0  # of training, without reports; of its first step
+    seconds = first_seconds = 0.0  # of steps, without reports; of the first step
     first_step, bad_steps, stopping = step, 0, False
     while step < cfg.steps and not stopping and bad_steps < MAX_BAD_STEPS:
         began = time.time()
@@ -646,9 +646,9 @@ def train(cfg, checkpoint, resumed, log):
         bar.update()
         seconds += time.time() - began
         if step == first_step + 1:
-            warm_up = seconds  # it may have compiled
+            first_seconds = seconds  # it may have compiled
         if due(step, cfg.log_every) and bad_steps == 0:
-            rate = (step - first_step - 1) * cfg.batch_size / max(seconds - warm_up, 1e-9)
+            rate = (step - first_step - 1) * cfg.batch_size / max(seconds - first_seconds, 1e-9)
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
             log(step, loss=loss, **mean_losses, grad_norm=grad_norm,
                 lr=optimizers[0].param_groups[0]["lr"], images_per_s=rate, seconds=seconds)
@@ -659,10 +659,10 @@ def train(cfg, checkpoint, resumed, log):
             log(step, val_loss=val_loss)
             print0(f"step {step}: validation loss {val_loss:.4f}")
         if due(step, cfg.sample_every) and not config.latent:
-            batches = list(sample.generate(ema, range(16), seed=cfg.seed))
+            batches = list(sample.generate(ema, range(16), seed=cfg.seed))  # all ranks, for FSDP2
             if RANK == 0:
                 sample.save_grid(out_path(cfg, f"_{step:07d}.png"), np.concatenate(batches))
-        ending = stopping or step == cfg.steps  # saves even after a skip, which changed no weight
+        ending = stopping or step == cfg.steps  # saves even if just skipped: no weight changed
         if ending and bad_steps < MAX_BAD_STEPS:
             save(path)
         elif bad_steps == 0 and due(step, cfg.save_every):
