@@ -200,6 +200,10 @@ class Block(nn.Module):
         h = F.dropout(h, self.dropout, self.training)
         return x + gate2 * self.fc2(h)
 
+def blocks_of(network):
+    """All blocks of a network, also those of its decoder."""
+    return [module for module in network.modules() if isinstance(module, Block)]
+
 def run_blocks(blocks, x, cond):
     for block in blocks:
         x = block(x, cond)
@@ -245,8 +249,7 @@ class DiT(nn.Module):
 
     def init_weights(self):
         # At first a block is the identity, and outputs are zero (DiT sec. 3.2; MaskDiT).
-        zero = [self.final_adaLN, self.final_linear]
-        zero += [module.adaLN for module in self.modules() if isinstance(module, Block)]
+        zero = [self.final_adaLN, self.final_linear] + [block.adaLN for block in blocks_of(self)]
         if self.decoder:
             zero += [self.decoder_adaLN, self.decoder_embed]
         small = [self.time_embed[0], self.time_embed[2], self.label_embed]

@@ -36,8 +36,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import sample
 from model import (
-    CONSISTENCY_WEIGHTS, MASKS, NETWORK, NOISE, OBJECTIVES, P_MEAN, P_STD, Block, Denoiser,
-    ModelConfig, Muon, distill_targets, find_checkpoint, fisher_information, load_checkpoint,
+    CONSISTENCY_WEIGHTS, MASKS, NETWORK, NOISE, OBJECTIVES, P_MEAN, P_STD, Denoiser, ModelConfig,
+    Muon, blocks_of, distill_targets, find_checkpoint, fisher_information, load_checkpoint,
     load_what_fits, make_mask, normalised, objective, patchify, previous, save_checkpoint, sigma_of)
 from prepare_data import Images, Parser, check, on_stop_signals, progress_bar, run_script
 from sample import RANK, WORLD_SIZE, print0
@@ -329,7 +329,7 @@ def configure_optimizers(denoiser, cfg):
     named = list(denoiser.named_parameters())
     blocks = []
     if cfg.optimizer == "muon":
-        blocks = [module for module in denoiser.modules() if isinstance(module, Block)]
+        blocks = blocks_of(denoiser)
     matrices = {p for block in blocks for p in block.matrices()}
     others = [(name, p) for name, p in named if p not in matrices]
     settings = dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -367,7 +367,7 @@ def setup(cfg):
 def wrap(cfg, denoiser, ema, device):
     """Set dropout, compile the blocks, and average gradients over processes (DDP). A fork that
     shards the weights does it here, also to `ema`, before the optimizers are built."""
-    blocks = [module for module in denoiser.modules() if isinstance(module, Block)]
+    blocks = blocks_of(denoiser)
     for block in blocks:
         block.dropout = cfg.dropout
     if cfg.compile and device.type == "cuda" and importlib.util.find_spec("triton"):

@@ -337,8 +337,7 @@ def count_launches(config, *mask):
 def muon_flops(config):
     """FLOPs of five iterations on the matrices of all blocks, (n, m) with n <= m."""
     denoiser = model.Denoiser(config).to("meta")
-    shapes = [sorted(matrix.shape) for block in denoiser.modules() if isinstance(block, model.Block)
-              for matrix in block.matrices()]
+    shapes = [sorted(matrix.shape) for block in model.blocks_of(denoiser) for matrix in block.matrices()]
     return len(shapes), sum(5 * (4 * n**2 * m + 2 * n**3) for n, m in shapes)
 
 def load_seconds(config, cfg, gpus):
@@ -352,14 +351,10 @@ def load_seconds(config, cfg, gpus):
         images = Images(folder, "train", config.patch_size)
         stream = train.Stream(images, len(images), cfg, config, torch.device("meta"), 0, gpus)
         torch.set_num_threads(1)  # as in a run
+        seeded = sample.seeded
+        on_host = lambda *numbers, device="cpu": seeded(*numbers) if device == "cpu" else None
         with mock.patch.object(sample, "seeded", on_host):
             return clock(lambda: stream.load(0))
-
-seeded = sample.seeded
-
-def on_host(*numbers, device="cpu"):
-    """The generator, or none on a device without memory."""
-    return seeded(*numbers) if device == "cpu" else None
 
 def plan(argv):
     """Will a run fit, and what limits it? Only the loader is run; FLOPs, launches and memory are counted on tensors

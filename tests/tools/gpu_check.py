@@ -10,11 +10,9 @@ is their number. Expected times are arithmetic for an H100: nothing of this has 
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import types
@@ -30,13 +28,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model
 import sample
-from bench import draw_batch
+import train
+from bench import draw_batch, our_loss
 from prepare_data import Parser, check, run_script
 
 REPORTS = ["--eval_every=0", "--sample_every=0", "--save_every=0", "--log_every=1", "--warmup=2"]
 BIG = dict(network=["--preset=maskdm-64"], batch=256, steps=60, size=64, images=2048)
 TOY = dict(network=["--preset=demo", "--dim=32", "--depth=2", "--heads=2", "--lr=1e-3", "--patch_size=4"],
            batch=16, steps=6, size=16, images=64)
+
+def compile_blocks(net, device):
+    """As train.py does."""
+    train.wrap(types.SimpleNamespace(dropout=0.0, compile=True), net, None, torch.device(device))
 
 class Session:
     """The runs of this check: their scripts, their folder, and how large they are."""
@@ -47,9 +50,11 @@ class Session:
         self.gpus = gpus
         self.folder = folder
         self.sizes = BIG if self.cuda else TOY
-        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-        self.can_compile = bool(self.cuda and compiler
-                                and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))
+        self.can_compile = self.cuda
+        try:
+            compile_blocks(model.Denoiser(model.ModelConfig()), device)
+        except ValueError:  # no C compiler, or no Python.h
+            self.can_compile = False
 
     def command(self, script, *args, processes=1):
         launch = [sys.executable]
@@ -102,9 +107,8 @@ def machine(s):
 def one_step(net, batch, device, dtype):
     """Loss and gradient of a batch."""
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    settings = types.SimpleNamespace(loss="diffusion", decoder_depth=net.config.decoder_depth, mae_weight=0.1)
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-        loss = sum(model.objective(net, batch, settings, 0).values()).mean()
+        loss = our_loss(net, batch)
         loss.backward()
     return loss.item(), torch.cat([p.grad.double().flatten().cpu() for p in net.parameters()])
 
@@ -131,9 +135,7 @@ def same_as_cpu(s):
             if "compiled" in kind:
                 if not s.can_compile:
                     continue
-                for block in other.modules():
-                    if isinstance(block, model.Block):
-                        block.compile(dynamic=False, options=dict(combo_kernels=True))
+                compile_blocks(other, s.device)
             other_loss, other_gradient = one_step(other, batch, s.device, dtype)
             off = ((other_gradient - gradient).norm() / gradient.norm()).item()
             print(f"   {name}, {kind}: loss {other_loss:.5f} ({loss:.5f}), gradient off by {off:.1e}", flush=True)
