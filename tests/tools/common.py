@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 from prepare_data import check, to_image
 
@@ -47,21 +48,17 @@ def last_json(out):
 def records(folder):
     return [json.loads(line) for line in open(Path(folder, "log.jsonl"))]
 
-def train_for(seconds, cost, out_dir, flags, log, curve=False):
-    """Train for a planned time, at `cost` seconds a step -> the checkpoint, and what is known of the run.
-
-    With curve=True that has points [planned seconds, validation loss], and a checkpoint of three quarters is kept.
-    """
+def train_for(seconds, cost, out_dir, flags, log):
+    """Train for a planned time, at `cost` seconds a step -> the checkpoint, and what is known of the run."""
     steps = max(10, round(seconds / cost))
-    every = max(10, steps // 40 * 10) if curve else 0  # four times, and at the end
     _, memory = call("train.py", *flags, f"--out_dir={out_dir}", *QUIET, f"--steps={steps}", "--log_every=10",
-                     f"--eval_every={every}", f"--keep_every={3 * every}", log=log)
+                     "--eval_every=0", log=log)
     start, *found = records(out_dir)
-    losses = {r["step"]: r["val_loss"] for r in found if "val_loss" in r}
-    points = [[step * cost, loss] for step, loss in losses.items() if step < steps]
+    (loss,) = [r["val_loss"] for r in found if "val_loss" in r]
+    measured = max(r["seconds"] for r in found if "seconds" in r)
     (checkpoint,) = out_dir.glob("??.pt")
-    return checkpoint, dict(steps=steps, seconds=steps * cost, images_per_s=start["config"]["batch_size"] / cost,
-                            peak_gb=memory, val_loss=losses[steps], curve=points)
+    return checkpoint, dict(steps=steps, seconds=steps * cost, measured=measured, val_loss=loss, peak_gb=memory,
+                            images_per_s=start["config"]["batch_size"] / cost)
 
 def step_seconds(flags, folder, log):
     """The least seconds of a step in a short run of train.py."""
@@ -159,7 +156,15 @@ def markdown(heads, rows):
     lines.insert(1, "|---" * len(heads) + "|")
     return "\n".join(lines)
 
-def picture(path, lines):
-    """Write lines of images uint8 (n, H, W, C) as one PNG."""
-    sheet = np.concatenate([np.concatenate(list(images), axis=1) for images in lines])
-    to_image(sheet).save(path)
+def picture(path, lines, scale=2):
+    """Write lines [(label, images uint8 (n, H, W, C))] as one PNG, each line behind its label."""
+    rows = [np.concatenate(list(images), axis=1) for _, images in lines]
+    pictures = [to_image(row) for row in rows]
+    width, height = max(p.width for p in pictures) * scale, max(p.height for p in pictures) * scale
+    margin = 10 + max(round(ImageDraw.Draw(pictures[0]).textlength(label)) for label, _ in lines)
+    sheet = Image.new("RGB", (margin + width, height * len(lines)), "white")
+    for i, (label, _) in enumerate(lines):
+        large = pictures[i].convert("RGB").resize((pictures[i].width * scale, pictures[i].height * scale), Image.NEAREST)
+        sheet.paste(large, (margin, i * height))
+        ImageDraw.Draw(sheet).text((4, i * height + height // 2 - 6), label, "black")
+    sheet.save(path)
