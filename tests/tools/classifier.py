@@ -32,7 +32,7 @@ class Classifier(nn.Module):
     def __init__(self, channels, num_classes):
         super().__init__()
         self.layers = nn.Sequential()
-        for c_in, c_out, stride in ((channels, 32, 2), (32, 64, 1), (64, FEATURES, 2), (FEATURES, FEATURES, 1)):
+        for c_in, c_out, stride in ((channels, 32, 1), (32, 64, 2), (64, FEATURES, 2), (FEATURES, FEATURES, 1)):
             conv = nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1)
             self.layers.extend([conv, nn.BatchNorm2d(c_out), nn.ReLU()])
         self.head = nn.Linear(FEATURES, num_classes)
@@ -72,7 +72,7 @@ def features_of(net, images):
     with torch.inference_mode():
         return torch.cat([net(part) for part in as_input(images).split(250)]).double()
 
-def load(data, seed=0, epochs=3):
+def load(data, seed=0, epochs=4):
     """The classifier of a prepared set, made and kept in its folder where there is none."""
     path = Path(data, "classifier.pt" if seed == 0 else f"classifier-{seed}.pt")
     if not path.exists():

@@ -1,45 +1,41 @@
-"""Learn prepared sets one after another, by several methods, and measure what is forgotten.
+"""Learn the classes of a data set in pairs, one pair after the other, by several methods.
 
-python tests/tools/continual.py data/a data/b --minutes 4 --methods fine-tuning,joint,replay-0.1-512
-python tests/tools/continual.py data/emoji:people-body data/emoji:flags          # one class after another
+python tests/tools/continual.py --data data/fashion --minutes 0.5
 
-If all have classes, the model is conditional, and a set is compared with samples of those that it
-holds; else all sets are compared with the same samples, and distances depend on their mixture, too.
+Each task is what two classes hold. All methods start from one model of the first task and learn the others in
+order, each for --minutes (planned as in reproduce.py) on one core. After each task the samples of every task
+so far are judged by the classifier of the whole set (classifier.py), against the held-out images of its two
+classes. Forgetting of a task: its last distance less its least. At the end fid.py tells the losses by noise level
+and bits per dimension of each task, for held-out images and for those that a buffer of the method holds.
 
-Every method starts from one model of the first set, and --minutes are planned as in reproduce.py: by the cost of a
-step, here against that of a step on the first set taken in turns with it. After each set the Frechet distance to
-every set so far is measured with --num samples, by features that judge.py learns from that set. What is finished
-lies in OUT/continual.json and is not run again. Methods, as flags of train.py:
-
-fine-tuning                nothing but the new set
-joint                      --data: all sets so far
-l2-C, ewc-C                --l2=C, --ewc=C with the importance on all old sets
-replay-COEF[-BUFFER]       --replay: all old sets, or a buffer of so many images of each; --replay_coef
-generative-COEF            --replay: --num samples of the model before, made a set by prepare_data.py
+fine-tuning                nothing but the new task
+joint                      --data: all tasks so far
+l2-C, ewc-C                --l2=C, --ewc=C with the importance on all old tasks
+replay-COEF-BUFFER         --replay: a buffer of so many images of each old task; --replay_coef
+generative-COEF            --replay: 512 samples of the model before, made a set by prepare_data.py
 NAME+taught                the same with the predictions of the model before as targets (--distill_from)
-NAME+masked                the same with --mask_ratio=0.75 in the first half of the time
-
-What fid.py --metrics bpd says of the sets (loss by noise level, bits per dimension) is stored beside the distances.
 """
 
-import argparse
+import json
 import shutil
 import statistics
 import sys
 import time
 from pathlib import Path
 
-from common import (  # puts the project on the path
-    B16, DEMO, Results, call, frechet_distance, last_json, markdown, masked, measure_costs, picture, spread,
-    train_for, typed, where_from)
+from common import call, last_json, markdown, measure_costs, picture, spread, train_for, typed, where_from
 
 import numpy as np
 
+import classifier
 from prepare_data import Parser, check, open_folder, run_script
+from reproduce import WHOLE
 
-METHODS = ("fine-tuning,joint,replay-1-64,replay-0.1-64,replay-1-512,replay-0.1-512,replay-1+taught,generative-1,"
-           "generative-1+taught,replay-0.1-512+masked,ewc-1e4,ewc-1e6,l2-0.001,l2-0.1")
-FIRST = "first"  # the model of the first set, from which all methods start
+METHODS = ("fine-tuning,joint,replay-1-8,replay-0.3-8,replay-0.1-8,replay-1-64,replay-0.3-64,replay-0.1-64,"
+           "replay-1-512,replay-0.3-512,replay-0.1-512,generative-1,generative-1+taught,l2-0.01,ewc-1e3")
+FIRST = "first"  # the model of the first task, from which all methods start
+PLAIN = ["--preset=demo", "--class_cond", *WHOLE]
+DRAW = ["--sampler=euler", "--steps=12"]
 
 def subset(source, folder, *flags, log):
     """A part of a prepared set, made once."""
@@ -47,20 +43,14 @@ def subset(source, folder, *flags, log):
         call("prepare_data.py", source, *flags, "--out", folder, log=log)
     return str(folder)
 
-def task_of(text, out):
-    """The prepared set that an argument means: a folder, or FOLDER:CLASS, whose images go to OUT/CLASS."""
-    folder, _, name = text.partition(":")
-    if not name:
-        return str(Path(folder).resolve())
-    return subset(folder, out / name, "--classes", name, log=out / "output.txt")
+def buffers(task, size, args, log):
+    return subset(task, args.out / f"{Path(task).name}-{size}", "--num", size, log=log)
 
 def flags_of(method, tasks, before, folder, args, log):
     """The flags of train.py for learning tasks[-1] when `before`, a checkpoint, knows the others."""
     name, _, value = method.split("+")[0].partition("-")
     *old, new = tasks
-    if name == FIRST:
-        return [f"--data={new}", DEMO, *args.class_flags]
-    if name == "fine":
+    if name in (FIRST, "fine"):
         return [f"--data={new}"]
     if name == "joint":
         return [f"--data={','.join(tasks)}"]
@@ -69,134 +59,127 @@ def flags_of(method, tasks, before, folder, args, log):
     coef, _, size = value.partition("-")
     if name == "generative":
         samples = folder / "generated.npz"
-        call("sample.py", "--ckpt", before, f"--num={args.num}", "--steps=10", "--out", samples, log=log)
-        old = [subset(samples, folder / "generated", log=log)]
-    elif size:
-        old = [subset(task, args.out / f"{Path(task).name}-{size}", "--num", size, log=log) for task in old]
+        call("sample.py", "--ckpt", before, "--num=512", *DRAW, "--out", samples, log=log)
+        old = [subset(samples, folder / "generated", "--val_frac", 0, log=log)]
+    else:
+        old = [buffers(task, size, args, log) for task in old]
     teacher = [f"--distill_from={before}"] if "+taught" in method else []
     return [f"--data={new}", f"--replay={','.join(old)}", f"--replay_coef={coef}", *teacher]
 
-def labels_of(task, num):
-    """Flags for sample.py: classes in the proportions of a set."""
-    _, labels, meta = open_folder(task)
-    drawn = np.random.default_rng(0).choice(labels[labels >= 0], num)
-    return ["--labels", ",".join(meta["class_names"][label] for label in drawn)]
-
-def judge(checkpoint, tasks, folder, args, log):
-    """Frechet distance of a model's samples to each set, by features learned from it."""
-    distances = []
-    for i, task in enumerate(tasks):
-        samples = folder / "samples0.npz"
-        labels = []
-        if args.class_flags:
-            samples = folder / f"samples{i}.npz"
-            labels = labels_of(task, args.num)
-        if not samples.exists():
-            call("sample.py", "--ckpt", checkpoint, f"--num={args.num}", "--steps=10", f"--seed={args.seed}", *labels,
-                 "--out", samples, log=log)
-        distances.append(frechet_distance(samples, task, args.out / str(i), log))
-    return distances
-
-def train_stages(halves, flags, checkpoint, costs, folder, args, log):
-    """Train for args.minutes, in shares with flags of their own -> the last checkpoint, facts of all stages."""
-    plain = [f"--data={args.tasks[0]}", DEMO, B16, *args.class_flags]
-    stages = []
-    for i, (share, more) in enumerate(halves):
-        own = [*flags, *more]
-        if checkpoint:
-            own.append(f"--init_from={checkpoint}")
-        measure_costs({"plain": plain, "own": own}, costs, args.out / "trial", log, rounds=2)
-        checkpoint, facts = train_for(60 * args.minutes * share, costs.pop("own"), folder / f"stage{i}", own, log)
-        stages.append({key: facts[key] for key in ("steps", "seconds", "images_per_s", "peak_gb")})
-    return checkpoint, stages
+def judge(checkpoint, num_tasks, folder, args, log):
+    """Scores of the samples of each task so far, by the classifier of the whole set."""
+    net = classifier.load(args.data)
+    images, labels = open_folder(args.data, "val")[:2]
+    found = []
+    for i in range(num_tasks):
+        pair = args.classes[2 * i : 2 * i + 2]
+        samples = folder / f"samples{i}.npz"
+        call("sample.py", "--ckpt", checkpoint, f"--num={args.num}", *DRAW, f"--seed={args.seed}", "--labels",
+             ",".join(pair), "--out", samples, log=log)
+        drawn = np.load(samples)["arr_0"]
+        asked = 2 * i + np.arange(len(drawn)) % 2
+        reference = classifier.features_of(net, images[(labels == 2 * i) | (labels == 2 * i + 1)])
+        found.append(classifier.scores(net, reference, drawn, asked))
+    return found
 
 def learn(method, first, costs, args):
-    """Run a method through all tasks, or learn the first one -> distances, row t of them after task t, and more."""
+    """Run a method through all tasks, or learn the first one -> scores, row t of them after task t, and more."""
     folder = args.out / f"{method}-{args.seed}"
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted call
+    folder.mkdir(parents=True)
     log = folder / "output.txt"
-    checkpoint = None
-    num_tasks = 1
-    matrix = []
-    if first:
-        checkpoint = args.out / first["checkpoint"]
-        num_tasks = len(args.tasks)
-        matrix = [first["matrix"][0]]
-    seconds = 0
-    stages = []
-    for t in range(len(matrix), num_tasks):
+    checkpoint = first and args.out / f"{FIRST}-{args.seed}" / "final.pt"
+    rows = [first["scores"][0]] if first else []
+    steps, extra = [], 0.0
+    for t in range(len(rows), len(args.tasks) if first else 1):
         here = folder / f"task{t}"
-        here.mkdir(parents=True)
-        tasks = args.tasks[: t + 1]
-        begin = time.time()  # what a method does before it trains counts, too
-        flags = [f"--seed={args.seed}", *flags_of(method, tasks, checkpoint, here, args, log)]
-        seconds += time.time() - begin
-        halves = [(1, [B16])]
-        if method == FIRST or method.endswith("+masked"):
-            halves = [(0.5, masked(0.75)), (0.5, [B16])]
-        checkpoint, found = train_stages(halves, flags, checkpoint, costs, here, args, log)
-        seconds += sum(facts["seconds"] for facts in found)
-        stages += found
-        matrix.append(judge(checkpoint, tasks, here, args, log))
-    out, _ = call("fid.py", ",".join(args.tasks[:num_tasks]), checkpoint, "--metrics=bpd", log=log)
-    return dict(method=method, seed=args.seed, checkpoint=str(checkpoint.relative_to(args.out)), matrix=matrix,
-                stages=stages, seconds=seconds, report=list(last_json(out).values()), **where_from())
+        here.mkdir()
+        begin = time.time()  # what a method does before it trains
+        flags = [f"--seed={args.seed}", *PLAIN, *flags_of(method, args.tasks[: t + 1], checkpoint, here, args, log)]
+        extra += time.time() - begin
+        if checkpoint:
+            flags.append(f"--init_from={checkpoint}")
+        kind = "taught" if "+taught" in method else method.split("-")[0]
+        if kind not in costs:
+            own = {"plain": [*PLAIN, f"--data={args.tasks[0]}"], kind: flags}
+            measure_costs(own, costs, args.out / f"trial{args.seed}", log, rounds=2)
+        minutes = args.minutes if first else 4 * args.minutes
+        checkpoint, facts = train_for(60 * minutes, costs[kind], here / "run", flags, log)
+        steps.append(facts["steps"])
+        rows.append(judge(checkpoint, t + 1, here, args, log))
+    shutil.copy(checkpoint, folder / "final.pt")
+    report = {}
+    sets = {f"task {i}": task for i, task in enumerate(args.tasks[: len(rows)])}
+    for name, data in sets.items():
+        out, _ = call("fid.py", data, folder / "final.pt", "--metrics=bpd", "--num", 100, "--json", log=log)
+        (report[name],) = last_json(out).values()
+    for big in folder.glob("task*/run"):
+        shutil.rmtree(big)
+    return dict(method=method, seed=args.seed, scores=rows, steps=steps, extra_seconds=extra, report=report,
+                **where_from())
 
-def table(results, names):
-    """A line for each method, over its seeds."""
+def forgetting(rows):
+    """The mean over the old tasks of the last distance less the least."""
+    last = rows[-1]
+    best = [min(row[i]["fd"] for row in rows[i:]) for i in range(len(last))]
+    return statistics.mean(last[i]["fd"] - best[i] for i in range(len(last) - 1))
+
+def table(results, *methods):
+    """A line for each method, over its seeds; all methods or those named."""
     lines = []
     for method in dict.fromkeys(r["method"] for r in results if r["method"] != FIRST):
         own = [r for r in results if r["method"] == method]
-        figures = []  # a list for each seed
-        for r in own:
-            matrix, last = r["matrix"], r["matrix"][-1]
-            best = [min(row[i] for row in matrix[i:]) for i in range(len(last))]
-            forgotten = [last[i] - best[i] for i in range(len(last) - 1)]
-            figures.append([*sum(matrix, []), statistics.mean(last), statistics.mean(forgotten)])
-        stages = zip(*(r["stages"] for r in own))
-        rates = [f"{statistics.mean(stage['images_per_s'] for stage in seeds):.0f}" for seeds in stages]
-        seconds = statistics.mean(r["seconds"] for r in own)
-        lines.append([method, *(spread(values) for values in zip(*figures)), ", ".join(rates), f"{seconds:.0f}"])
-    after = [f"{known} after {last}" for i, last in enumerate(names) for known in names[: i + 1]]
-    return markdown(["method", *after, "average at the end", "forgetting", "images/s by stage", "seconds"], lines)
+        if methods and method not in methods:
+            continue
+        by_task = [spread([r["scores"][-1][i]["fd"] for r in own]) for i in range(len(own[0]["scores"][-1]))]
+        mean = spread([statistics.mean(d["fd"] for d in r["scores"][-1]) for r in own])
+        right = spread([100 * statistics.mean(d["right"] for d in r["scores"][-1]) for r in own])
+        bits = spread([statistics.mean(task["bits_per_dim"] for task in r["report"].values()) for r in own])
+        lines.append([method, *by_task, mean, spread([forgetting(r["scores"]) for r in own]), right, bits])
+    heads = [f"task {i + 1}" for i in range(len(lines[0]) - 5)]
+    return markdown(["method", *heads, "mean FD", "forgetting", "right class, %", "bits per dimension"], lines)
 
 def main(argv):
     parser = Parser(__doc__)
-    parser.epilog, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
-    parser.add_argument("tasks", nargs="+", help="prepared sets in the order of learning, or SET:CLASS, a class of it")
-    parser.add("methods", METHODS, "as explained below")
-    parser.add("minutes", 4.0, "of training, for each set and method")
-    parser.add("seed", 0, "of training and sampling")
-    parser.add("num", 1000, "samples of each Frechet distance", low=2)
-    parser.add("out", "out/continual", "folder")
+    add = parser.add
+    add("data", "data/fashion", "prepared set with classes")
+    add("methods", METHODS, "as explained in the file")
+    add("minutes", 0.5, "of training, for each task and method; the first task has four times as many")
+    add("seed", 0, "of training and sampling")
+    add("num", 200, "samples of each distance", low=2)
+    add("out", None, "folder; None = out/continual/DATA")
     args = parser.parse_args(argv)
-    methods = args.methods.split(",")
-    known = {method.split("-")[0] for method in METHODS.split(",")}
-    for method in methods:
-        check(method.split("-")[0] in known, f"--methods has {method}, expected some of those in --help")
-    check(len(args.tasks) > 1, f"{args.tasks[0]} is only one set: name those to learn after it")
-    args.out = Path(args.out).resolve()
+    args.out = Path(args.out or f"out/continual/{Path(args.data).name}").resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    args.tasks = [task_of(text, args.out) for text in args.tasks]
-    args.class_flags = []
-    if all(open_folder(task)[2]["class_names"] for task in args.tasks):
-        args.class_flags = ["--class_cond"]
-    settings = dict(tasks=[Path(task).name for task in args.tasks], minutes=args.minutes, num=args.num)
-    done = Results(args.out / "continual.json", settings, typed(__file__, argv))
-    costs = done.stored.setdefault("cost_seconds", {})
-    own = []
-    for method in [FIRST, *methods]:
-        if not done.find(method=method, seed=args.seed):
-            first = own[0] if own else None
-            done.results.append(learn(method, first, costs, args))
-            done.save()
-            print(method, done.results[-1]["matrix"], file=sys.stderr, flush=True)
-        own += done.find(method=method, seed=args.seed)
-    print(table(own, settings["tasks"]))
-    lines = []  # eight samples for each set after the last one, a line for each method
-    for r in own[1:]:
-        last = args.out / f"{r['method']}-{args.seed}" / f"task{len(args.tasks) - 1}"
-        lines.append(np.concatenate([np.load(path)["arr_0"][:8] for path in sorted(last.glob("samples?.npz"))]))
+    args.data = Path(args.data).resolve()
+    args.classes = open_folder(args.data)[2]["class_names"]
+    check(args.classes and len(args.classes) % 2 == 0, f"{args.data} has no classes in pairs")
+    log = args.out / "output.txt"
+    args.tasks = []
+    for i in range(0, len(args.classes), 2):
+        pair = args.classes[i : i + 2]
+        args.tasks.append(subset(args.data, args.out / f"task{i // 2 + 1}", "--classes", ",".join(pair), log=log))
+    costs_file = args.out / "costs.json"
+    costs = json.loads(costs_file.read_text()) if costs_file.exists() else {}
+    first = None
+    for method in [FIRST, *args.methods.split(",")]:
+        kept = args.out / f"{method}-{args.seed}" / "result.json"
+        if not kept.exists():
+            found = learn(method, first, costs, args)
+            kept.write_text(json.dumps(found, indent=1))
+            costs_file.write_text(json.dumps(costs, indent=1))
+            print(table([found | dict(method=method)]).splitlines()[-1] if first else "first", file=sys.stderr, flush=True)
+        if method == FIRST:
+            first = json.loads(kept.read_text())
+    results = [json.loads(path.read_text()) for path in args.out.glob("*/result.json")]
+    order = [FIRST, *METHODS.split(",")]
+    results.sort(key=lambda r: (order.index(r["method"]) if r["method"] in order else len(order), r["seed"]))
+    about = dict(command=typed(__file__, argv), minutes=args.minutes, num=args.num, results=results)
+    (args.out / "continual.json").write_text(json.dumps(about, indent=1))
+    print(table(results))
+    lines = [(r["method"], np.concatenate([np.load(path)["arr_0"][:4] for path in sorted(
+        (args.out / f"{r['method']}-{r['seed']}" / f"task{len(args.tasks) - 1}").glob("samples?.npz"))]))
+        for r in results if r["method"] != FIRST and r["seed"] == args.seed]
     picture(args.out / "continual-samples.png", lines)
 
 if __name__ == "__main__":

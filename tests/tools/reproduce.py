@@ -39,29 +39,89 @@ class Way:
     on: str = "data"  # or a part of the set: "eight" classes, "few" images of the other two
     draw: tuple = (["--steps=10"],)  # flags of sample.py
 
-FINE = ["--patch_size=2"]
-WHOLE = [*FINE, "--batch_size=16", "--lr=2e-3", "--warmup=50"]  # tuned: claim tune
-CROP = [*FINE, *masked(0.9, kind="crop"), "--batch_size=48"]
+FINE = "--patch_size=2"
+WHOLE = [FINE, "--batch_size=16", "--lr=2e-3", "--warmup=50"]  # tuned: claim tune
+SHARE, MASK = 2 / 3, "crop"  # of stage 1, tuned likewise
 
-def two_stages(share, first, whole=WHOLE):
-    return Way([(share, first), (1 - share, whole)])
+def stage_1(ratio=0.9, batch_size=48, kind=MASK, *more):
+    return [FINE, *masked(ratio, kind=kind), f"--batch_size={batch_size}", *more]
+
+def two_stages(first, share=SHARE, whole=WHOLE, on="data"):
+    return Way([(share, first), (1 - share, whole)], on=on)
+
+def patches(size, batch_size, first_batch):
+    """From scratch and in two stages with patches of another size."""
+    last = [f"--patch_size={size}", f"--batch_size={batch_size}", *WHOLE[2:]]
+    first = [f"--patch_size={size}", f"--batch_size={first_batch}", *stage_1()[1:3]]
+    return {f"from scratch, patches of {size}": Way([(1, last)]),
+            f"two stages, patches of {size}": two_stages(first, whole=last)}
+
+def tuned(*flags):
+    """Consistency tuning of the model that two stages trained."""
+    flags = [FINE, "--batch_size=16", "--loss=consistency", *flags]
+    return Way([(1, flags)], start=("two stages", 1 / 2), draw=RAW)
+
+HALF = [*masked(0.5), "--batch_size=24"]
+DECODER = [FINE, "--decoder_depth=2", "--decoder_dim=64", "--decoder_heads=2"]
+ROUTED = [FINE, "--route=1,5"]
+RAW = (["--steps=1", "--weights=raw"], ["--steps=2", "--weights=raw"])
+SCT = "--ref_batch=256"
 
 WAYS = {
     "from scratch": Way([(1, WHOLE)]),
-    "two stages": two_stages(2 / 3, CROP),
+    "two stages": two_stages(stage_1()),
+    "growing crops": Way([(0.6 * SHARE, stage_1()), (0.4 * SHARE, stage_1(0.75, 20, MASK, "--warmup=20")),
+                          (1 - SHARE, WHOLE)]),
+    "coarse patches first": two_stages(["--patch_size=4", "--batch_size=16", "--lr=2e-3", "--lr_schedule=constant"]),
+    **patches(4, 16, 64),
+    **patches(1, 4, 32),
+    # Transfer: pre-training on eight classes, then 300 images of the other two.
+    "eight classes, masked": Way([(1, stage_1())], on="eight", draw=()),
+    "eight classes, whole": Way([(1, WHOLE)], on="eight", draw=()),
+    "300 images": Way([(1, WHOLE)], on="few"),
+    "300 images after masked": Way([(1, WHOLE)], on="few", start=("eight classes, masked", 1 / 4)),
+    "300 images after whole": Way([(1, WHOLE)], on="few", start=("eight classes, whole", 1 / 4)),
+    # Where hidden patches leave the network, at 0.5: for good, for the encoder, for the middle blocks.
+    "plain masking 0.5": two_stages([FINE, *HALF], 1 / 2),
+    "decoder 0.5": two_stages([*DECODER, *HALF], 1 / 2, [*DECODER, *WHOLE[1:]]),
+    "routed 0.5": two_stages([*ROUTED, *HALF], 1 / 2, [*ROUTED, *WHOLE[1:]]),
+    # One, two and 35 evaluations.
+    "two stages, drawn in 35": Way([], start=("two stages", 1 / 2), draw=(["--steps=18"],)),
+    "trained on": Way([(1, WHOLE)], start=("two stages", 1 / 2), draw=(["--steps=18"],)),
+    "ECT": tuned(),
+    "ECT, no dropout": tuned("--dropout=0"),
+    "SCT": tuned(SCT),
+    "SCT, no dropout": tuned(SCT, "--dropout=0"),
 }
 for _batch, _lr in ((16, "1e-3"), (16, "2e-3"), (16, "4e-3"), (8, "2e-3"), (32, "2e-3"), (32, "4e-3")):
     WAYS[f"scratch, batch {_batch}, rate {_lr}"] = Way(
-        [(1, [*FINE, f"--batch_size={_batch}", f"--lr={_lr}", "--warmup=50"])])
-for _mask, _share in ((m, s) for m in (["crop"], ["block"]) for s in (1 / 2, 2 / 3, 4 / 5)):
-    WAYS[f"stage 1 {_mask[0]}, share {_share:.2f}"] = two_stages(
-        _share, [*FINE, *masked(0.9, kind=_mask[0]), "--batch_size=48"],
-        [*FINE, "--batch_size=16", "--lr=2e-3", "--warmup=50"])
+        [(1, [FINE, f"--batch_size={_batch}", f"--lr={_lr}", "--warmup=50"])])
+for _mask in ("crop", "block"):
+    for _share in (1 / 2, 2 / 3, 4 / 5):
+        WAYS[f"stage 1 {_mask}, share {_share:.2f}"] = two_stages(
+            stage_1(0.9, 48, _mask), _share, [FINE, "--batch_size=16", "--lr=2e-3", "--warmup=50"])
+for _mask, _ratio, _batch in (("patch", 0.9, 48), ("block", 0.9, 48), ("crop", 0.9, 48), ("crop", 0.75, 20),
+                              ("crop", 0.5, 12)):  # about as many patches in a batch
+    WAYS[f"{_mask} {_ratio}"] = two_stages(stage_1(_ratio, _batch, _mask))
 
-CLAIMS = {
+CLAIMS = {  # [(way, units of time)]
     # Rate and batch of a run from scratch; then share and mask of the first stage. On other seeds and images.
     "tune": [(name, 1) for name in WAYS if name.startswith(("scratch,", "stage 1 "))],
-    "speedup": [(name, units) for units in (1 / 8, 1 / 4, 1 / 2, 1) for name in ("from scratch", "two stages")],
+    # How much sooner is equal quality there? Each time has a schedule of its own.
+    "speedup": [(name, units) for units in (1 / 8, 1 / 4, 1 / 2, 1)
+                for name in ("from scratch", "two stages", "growing crops", "coarse patches first")],
+    # Does the gain grow with the number of patches? From scratch sees as many images at each size.
+    "patches": [("from scratch, patches of 4", 3 / 64), ("two stages, patches of 4", 3 / 64),
+                ("two stages, patches of 4", 3 / 128), ("two stages, patches of 4", 3 / 256),
+                ("from scratch", 1 / 8), ("two stages", 1 / 8), ("two stages", 1 / 16), ("two stages", 1 / 32),
+                ("from scratch, patches of 1", 5 / 4), ("two stages, patches of 1", 5 / 4),
+                ("two stages, patches of 1", 5 / 8), ("two stages, patches of 1", 5 / 16)],
+    "masks": [(name, 1 / 4) for name in WAYS if re.match(r"(patch|block|crop) 0", name)],
+    "transfer": [("eight classes, masked", 1 / 4), ("eight classes, whole", 1 / 4), ("300 images", 3 / 8),
+                 ("300 images", 1 / 8), ("300 images after masked", 1 / 8), ("300 images after whole", 1 / 8)],
+    "decoder": [(name, 1 / 2) for name in ("from scratch", "plain masking 0.5", "decoder 0.5", "routed 0.5")],
+    "consistency": [("two stages", 1 / 2), ("two stages, drawn in 35", 1 / 2), ("trained on", 1 / 2), ("ECT", 1 / 2),
+                    ("ECT, no dropout", 1 / 2), ("SCT", 1 / 2), ("SCT, no dropout", 1 / 2)],
 }
 
 # ---- Runs.
@@ -69,6 +129,10 @@ def flags_of(flags, args):
     """All flags of a stage, but for the data, the seed and the start."""
     classes = ["--class_cond"] if args.classes else []
     return ["--preset=demo", *classes, *flags]
+
+def cost_key(flags):
+    """What a step costs depends on these flags alone."""
+    return "/".join(flag for flag in flags if not flag.startswith(("--lr", "--warmup", "--class")))
 
 def folder_of(name, units, seed, args):
     minutes = f"{args.each * units:g}m"
@@ -112,23 +176,26 @@ def run(name, units, seed, args, costs):
     checkpoint = way.start and folder_of(*way.start, seed, args) / "final.pt"
     stages = []
     for share, flags in way.stages:
-        cost = costs["/".join(flags_of(flags, args))]
+        cost = costs[cost_key(flags_of(flags, args))]
         own = [f"--data={data_set(way.on, args)}", f"--seed={seed}", *flags_of(flags, args)]
         if checkpoint:
             own.append(f"--init_from={checkpoint}")
         out = folder / f"stage{len(stages) + 1}"
         checkpoint, facts = train_for(60 * args.each * units * share, cost, out, own, log)
         stages.append(facts)
-    shutil.copy(checkpoint, folder / "final.pt")
+    if stages:
+        shutil.copy(checkpoint, folder / "final.pt")
     drawn = []
-    for i, flags in enumerate(way.draw):
-        found = judged(checkpoint, folder / f"samples{i}.npz", [f"--seed={seed}", *flags], way.on, args, log)
-        drawn.append(dict(flags=" ".join(flags), **found))
+    for i, how in enumerate(way.draw):
+        found = judged(checkpoint, folder / f"samples{i}.npz", [f"--seed={seed}", *how], way.on, args, log)
+        drawn.append(dict(flags=" ".join(how), **found))
     for big in folder.glob("stage*"):
         shutil.rmtree(big)
-    is_loss = "--loss=consistency" not in way.stages[-1][1]  # whose validation loss is another thing
-    return dict(way=name, minutes=args.each * units, seed=seed, stages=stages, drawn=drawn,
-                val_loss=stages[-1]["val_loss"] if is_loss else None, **where_from())
+    val_loss = None
+    if stages and "--loss=consistency" not in flags:  # whose validation loss is another thing
+        val_loss = stages[-1]["val_loss"]
+    return dict(way=name, minutes=args.each * units, seed=seed, stages=stages, drawn=drawn, val_loss=val_loss,
+                **where_from())
 
 # ---- Reports.
 def table(results, *minutes):
@@ -168,7 +235,7 @@ def main(argv):
     costs_file = args.out / "costs.json"  # seconds of a step by the flags
     costs = json.loads(costs_file.read_text()) if costs_file.exists() else {}
     all_flags = [flags_of(flags, args) for name, _ in rows for _, flags in WAYS[name].stages]
-    commands = {"/".join(flags): [f"--data={args.data}", *flags] for flags in all_flags}
+    commands = {cost_key(flags): [f"--data={args.data}", *flags] for flags in all_flags}
     measure_costs(commands, costs, args.out / f"trial-{args.claim}", args.out / "output.txt")
     costs_file.write_text(json.dumps(costs, indent=1))
     for seed in args.seeds:
