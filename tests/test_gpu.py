@@ -1,6 +1,6 @@
 """The path of the scripts on a GPU, on a pretended one: right places, one wait a step, the losses of the CPU.
 
-`tests/tools/pretend.py` says what is pretended. Bugs of the usual kinds are planted, and found.
+`tests/pretend_gpu.py` says what is pretended. Bugs of the usual kinds are planted, and found.
 """
 
 import json
@@ -125,7 +125,7 @@ def found(tmp_path_factory):
     running = []
     for i, half in enumerate(halves):
         (top / f"jobs{i}.json").write_text(json.dumps(half))
-        command = [sys.executable, ROOT / "tests/tools/pretend.py", top / f"jobs{i}.json"]
+        command = [sys.executable, ROOT / "tests/pretend_gpu.py", top / f"jobs{i}.json"]
         running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=open(top / f"errors{i}.txt", "w"), text=True,
                                         env={**os.environ, "OMP_NUM_THREADS": "1"}))
     lines = [None] * len(jobs)

@@ -27,7 +27,10 @@ from prepare_data import Parser, check, open_folder, progress_bar, run_script
 FEATURES = 128
 
 class Classifier(nn.Module):
-    """uint8 (B, C, H, W) -> features (B, FEATURES); `classes` turns these into logits."""
+    """uint8 (B, C, H, W) -> features (B, FEATURES); `classes` turns these into logits.
+
+    Grey images may come as three equal channels, as fid.py gives them.
+    """
 
     def __init__(self, channels, num_classes):
         super().__init__()
@@ -35,11 +38,12 @@ class Classifier(nn.Module):
         for c_in, c_out, stride in ((channels, 32, 1), (32, 64, 2), (64, FEATURES, 2), (FEATURES, FEATURES, 1)):
             conv = nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1)
             self.layers.extend([conv, nn.BatchNorm2d(c_out), nn.ReLU()])
+        self.channels = channels
         self.head = nn.Linear(FEATURES, num_classes)
         self.register_buffer("unit", torch.tensor(1.0))
 
     def forward(self, x):
-        return self.layers(x.float() / 127.5 - 1).mean((2, 3)) / self.unit
+        return self.layers(x[:, : self.channels].float() / 127.5 - 1).mean((2, 3)) / self.unit
 
     @torch.jit.export
     def classes(self, features):
@@ -87,7 +91,7 @@ def scores(net, reference, images, labels):
     """Distances of images to the features `reference`, and the share whose class is that of `labels`."""
     y = features_of(net, images)
     statistics = [s for z in (reference, y) for s in (z.mean(0).numpy(), np.cov(z.T.numpy()))]
-    size = min(1000, len(y))
+    size = min(1000, len(y), len(reference))
     found = net.classes(y.float()).argmax(1).numpy()
     return dict(num=len(y), fd=fid.frechet_distance(*statistics), kid=fid.kid(reference, y, size=size)["kid"],
                 right=float(np.mean(found == labels)))
@@ -98,9 +102,9 @@ def nearest(images, training):
     return training[[(known - torch.from_numpy(x).flatten()).square().sum(1).argmin().item() for x in images]]
 
 def table(results):
-    lines = [[r["images"], str(r["num"]), f"{r['fd']:.3g}", f"{1000 * r['kid']:.3g}", f"{100 * r['right']:.1f} %"]
+    lines = [[r["images"], str(r["num"]), f"{r['fd']:.3g}", f"{r['kid']:.3g}", f"{100 * r['right']:.1f} %"]
              for r in results]
-    return markdown(["images", "number", "classifier FD", "KID x 1000", "of the right class"], lines)
+    return markdown(["images", "number", "classifier FD", "KID", "of the right class"], lines)
 
 def main(argv):
     parser = Parser(__doc__)

@@ -1,8 +1,9 @@
 """Test what the papers promise, on a data set with classes, with the commands a user would type.
 
 python prepare_data.py fashion-mnist/ --size 28 --out data/fashion      # Debian: apt install dataset-fashion-mnist
-python tests/tools/reproduce.py speedup --data data/fashion --each 8
-python tests/tools/reproduce.py speedrun --data data/fashion --each 8   # the table of records
+python tests/tools/reproduce.py speedup --data data/fashion             # ends with the table of records
+
+A way of your own becomes a line of that table: add it to WAYS and to CLAIMS, and run the command again.
 
 CLAIM names rows of CLAIMS: ways to train (WAYS: stages, each a share of the time and flags of train.py),
 and for how long, in units of --each minutes on one core. Time is planned: short runs of all stages take
@@ -93,13 +94,17 @@ WAYS = {
     "SCT": tuned(SCT),
     "SCT, no dropout": tuned(SCT, "--dropout=0"),
 }
-for _batch, _lr in ((16, "1e-3"), (16, "2e-3"), (16, "4e-3"), (8, "2e-3"), (32, "2e-3"), (32, "4e-3")):
+for _batch, _lr in ((16, "1e-3"), (16, "2e-3"), (16, "4e-3"), (16, "8e-3"), (8, "2e-3"), (8, "4e-3"), (32, "2e-3"),
+                    (32, "4e-3")):
     WAYS[f"scratch, batch {_batch}, rate {_lr}"] = Way(
         [(1, [FINE, f"--batch_size={_batch}", f"--lr={_lr}", "--warmup=50"])])
 for _mask in ("crop", "block"):
     for _share in (1 / 2, 2 / 3, 4 / 5):
         WAYS[f"stage 1 {_mask}, share {_share:.2f}"] = two_stages(
             stage_1(0.9, 48, _mask), _share, [FINE, "--batch_size=16", "--lr=2e-3", "--warmup=50"])
+for _lr in ("4e-3", "8e-3"):
+    WAYS[f"stage 1 crop, share 0.50, then rate {_lr}"] = two_stages(
+        stage_1(0.9, 48, "crop"), 1 / 2, [FINE, "--batch_size=16", f"--lr={_lr}", "--warmup=50"])
 for _mask, _ratio, _batch in (("patch", 0.9, 48), ("block", 0.9, 48), ("crop", 0.9, 48), ("crop", 0.75, 20),
                               ("crop", 0.5, 12)):  # about as many patches in a batch
     WAYS[f"{_mask} {_ratio}"] = two_stages(stage_1(_ratio, _batch, _mask))
@@ -108,8 +113,8 @@ CLAIMS = {  # [(way, units of time)]
     # Rate and batch of a run from scratch; then share and mask of the first stage. On other seeds and images.
     "tune": [(name, 1) for name in WAYS if name.startswith(("scratch,", "stage 1 "))],
     # How much sooner is equal quality there? Each time has a schedule of its own.
-    "speedup": [(name, units) for units in (1 / 8, 1 / 4, 1 / 2, 1)
-                for name in ("from scratch", "two stages", "growing crops", "coarse patches first")],
+    "speedup": [(name, units) for units in (1 / 4, 1 / 2, 1) for name in ("from scratch", "two stages")]
+               + [("growing crops", 1 / 4), ("growing crops", 1 / 2), ("coarse patches first", 1 / 2)],
     # Does the gain grow with the number of patches? From scratch sees as many images at each size.
     "patches": [("from scratch, patches of 4", 3 / 64), ("two stages, patches of 4", 3 / 64),
                 ("two stages, patches of 4", 3 / 128), ("two stages, patches of 4", 3 / 256),
@@ -209,12 +214,75 @@ def table(results, *minutes):
         measured = sum(stage["measured"] for r in own for stage in r["stages"]) / len(own)
         for drawn in zip(*(r["drawn"] for r in own)):
             judged = [spread([scale * d.get(key) if key in d else None for d in drawn])
-                      for key, scale in (("fd", 1), ("kid", 1000), ("right", 100))]
+                      for key, scale in (("fd", 1), ("kid", 1), ("right", 100))]
             lines.append([name, f"{at:g}", f"{measured / 60:.1f}", steps, drawn[0]["flags"].replace("--", ""),
                           spread([r["val_loss"] for r in own]), *judged, str(len(own))])
-    heads = ["way", "minutes", "measured", "steps", "samples", "validation loss", "classifier FD", "KID x 1000",
+    heads = ["way", "minutes", "measured", "steps", "samples", "validation loss", "classifier FD", "KID",
              "right class, %", "seeds"]
     return markdown(heads, lines)
+
+def by_time(results, way, seed, key):
+    """[(minutes, validation loss or another score)] of a way and seed, each time with a schedule of its own."""
+    points = []
+    for r in results:
+        scores = dict(*r["drawn"][:1], val_loss=r["val_loss"])
+        if (r["way"], r["seed"]) == (way, seed) and scores.get(key) is not None:
+            points.append((r["minutes"], scores[key]))
+    return sorted(points)
+
+def reached(curve, value):
+    """When a curve of points is at a value or below and stays there, on the line between two points; or None."""
+    late = [point for point in curve if point[1] > value]
+    if not late:
+        return curve[0][0]  # or before
+    if late[-1] == curve[-1]:
+        return None
+    (t0, v0), (t1, v1) = curve[curve.index(late[-1]) :][:2]
+    return t0 + (t1 - t0) * (v0 - value) / (v0 - v1)
+
+def records(results):
+    """A line for each way: minutes to what training from scratch has after its longest time, on average."""
+    longest = max(r["minutes"] for r in results if r["way"] == "from scratch")
+    last = [r for r in results if (r["way"], r["minutes"]) == ("from scratch", longest)]
+    goals = dict(val_loss=statistics.mean(r["val_loss"] for r in last))
+    if "fd" in last[0]["drawn"][0]:
+        goals["fd"] = statistics.mean(r["drawn"][0]["fd"] for r in last)
+    lines = []
+    for way in dict.fromkeys(r["way"] for r in results):
+        seeds = sorted({r["seed"] for r in results if r["way"] == way})
+        cells = []
+        for key, value in goals.items():
+            curves_of_seeds = [by_time(results, way, seed, key) for seed in seeds]
+            times = [reached(curve, value) for curve in curves_of_seeds]
+            signs = ["≤ " if curve[0][1] <= value else "" for curve in curves_of_seeds]
+            cells.append(", ".join(f"{sign}{t:.1f}" if t else f"> {curve[-1][0]:g}"
+                                   for sign, t, curve in zip(signs, times, curves_of_seeds)))
+            cells.append(", ".join(f"{'≥ ' * bool(sign)}{longest / t:.1f}" if t else "" for sign, t in zip(signs, times)))
+        lines.append([way, *cells, ", ".join(map(str, seeds))])
+    heads = []
+    for key, value in goals.items():
+        name = "loss" if key == "val_loss" else "FD"
+        heads += [f"minutes to {name} {value:.4g}", "times faster"]
+    return markdown(["way", *heads, "seeds"], lines)
+
+def draw_figures(results, args):
+    """Curves over time, and ten samples of each row of seed 0 from the same noise, below real images."""
+    for key, title in (("fd", "classifier FD"), ("val_loss", "validation loss")):
+        lines = []
+        for way, seed in dict.fromkeys((r["way"], r["seed"]) for r in results):
+            points = by_time(results, way, seed, key)
+            if len(points) > 1:
+                lines.append((way, points, True))
+        if lines:
+            curves.draw(args.out / f"{args.claim}-{key}.png", lines, f"{title} against minutes of training, planned")
+    images, labels = open_folder(args.data, "val")[:2]
+    first = [np.flatnonzero(labels == label)[0] for label in range(10)] if args.classes else range(10)
+    lines = [("real", images[list(first)])]
+    for r in results:
+        path = folder_of(r["way"], r["minutes"] / args.each, 0, args) / "samples0.npz"
+        if r["seed"] == 0 and path.exists():
+            lines.append((f"{r['way']}, {r['minutes']:g} min", np.load(path)["arr_0"][:10]))
+    picture(args.out / f"{args.claim}-samples.png", lines)
 
 def main(argv):
     parser = Parser(__doc__)
@@ -244,19 +312,25 @@ def main(argv):
             if not kept.exists():
                 found = run(name, units, seed, args, costs)
                 kept.write_text(json.dumps(found, indent=1))
-                print(table([found]).splitlines()[-1], file=sys.stderr, flush=True)
+                print("\n".join(table([found]).splitlines()[2:]), file=sys.stderr, flush=True)
 
     # All that is finished, with whatever flags it was asked for.
     results = []
     for name, units in CLAIMS[args.claim]:
         stem = folder_of(name, units, "", args).name
         results += [json.loads(path.read_text()) for path in sorted(args.out.glob(f"{stem}*/result.json"))]
-    if args.classes:
+    floor = {}
+    if args.classes:  # as many training images in place of samples
         net = classifier.load(args.data)
+        images, labels = open_folder(args.data)[:2]
         reference = classifier.features_of(net, open_folder(args.data, "val")[0])
-    about = dict(command=typed(__file__, argv), claim=args.claim, each=args.each, num=args.num, results=results)
+        floor = classifier.scores(net, reference, images[: args.num], labels[: args.num])
+    about = dict(command=typed(__file__, argv), claim=args.claim, each=args.each, num=args.num, floor=floor, results=results)
     (args.out / f"{args.claim}.json").write_text(json.dumps(about, indent=1))
     print(table(results))
+    draw_figures(results, args)
+    if args.claim == "speedup":
+        print("\n" + records(results))
 
 if __name__ == "__main__":
     run_script(main)

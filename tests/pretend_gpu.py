@@ -1,6 +1,6 @@
 """Runs the scripts on a pretended GPU: what CUDA would refuse is refused, every wait for it is counted.
 
-python tests/tools/pretend.py JOBS.json     # [{"script": "train", "args": [...], "edit": [FILE, OLD, NEW]}, ...]
+python tests/pretend_gpu.py JOBS.json     # [{"script": "train", "args": [...], "edit": [FILE, OLD, NEW]}, ...]
 
 A tensor on the device "gpu:0" holds one on the CPU and computes with it. Tensors of both places do not mix, a
 generator belongs to its place, autocast casts what it casts on CUDA, and the host waits where it reads a result or
@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 aten = torch.ops.aten
 TRANSFERS = (aten._to_copy.default, aten.copy_.default, aten._foreach_copy_.default)
 READS = (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.nonzero.default, aten.equal.default,
