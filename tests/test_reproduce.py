@@ -197,7 +197,7 @@ def test_a_claim_runs_from_data_to_table_and_is_not_run_again(tmp_path, called):
     assert str(tmp_path) not in json.dumps(stored) and f"transfer --data={data.name} --seeds" in stored["command"]
     assert stored["floor"]["num"] == 8
     for r in stored["results"]:
-        assert all(stage["steps"] == 10 for stage in r["stages"]) and r["val_loss"] > 0
+        assert all(stage["steps"] >= 10 for stage in r["stages"]) and r["val_loss"] > 0
         assert [set(d) for d in r["drawn"]] in ([], [{"flags", "num", "fd", "kid", "right"}])
     eight, few = (open_folder(tmp_path / "out" / name) for name in ("eight", "few"))
     assert len(eight[2]["class_names"]) == 8 and few[2]["class_names"] == ["class 8", "class 9"]
