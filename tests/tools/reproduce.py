@@ -117,7 +117,7 @@ CLAIMS = {  # [(way, units of time)]
                + [("growing crops", 1 / 4), ("growing crops", 1 / 2), ("coarse patches first", 1 / 2)],
     # Does the gain grow with the number of patches? From scratch sees about as many images at each size.
     "patches": [(f"{name}{of}", time * units) for of, time in ((", patches of 4", 1 / 16), ("", 1 / 4), (", patches of 1", 1))
-                for name, units in (("from scratch", 1), ("two stages", 1), ("two stages", 1 / 2), ("two stages", 1 / 4))],
+                for name, units in (("from scratch", 1), ("two stages", 1 / 2), ("two stages", 1 / 4), ("two stages", 1))],
     "masks": [(name, 1 / 4) for name in WAYS if re.match(r"(patch|block|crop) 0", name)],
     "transfer": [("eight classes, masked", 1 / 4), ("eight classes, whole", 1 / 4), ("300 images", 3 / 8),
                  ("300 images", 1 / 8), ("300 images after masked", 1 / 8), ("300 images after whole", 1 / 8)],
