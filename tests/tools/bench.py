@@ -43,7 +43,7 @@ import curves
 import model
 import sample
 import train
-from prepare_data import Parser, check, run_script
+from prepare_data import Images, Parser, check, run_script
 
 DEVICE = sample.pick_device("auto")
 DTYPE = sample.pick_dtype("auto", DEVICE)
@@ -228,14 +228,6 @@ def against_table(results):
         lines.append([f"{network}, {batch}", *cells, f"{theirs:.2g} GB, ours {ours:.2g} GB"])
     return markdown(["network, batch", *(f"ratio {ratio}" for ratio in ratios), "peak memory"], lines)
 
-def factors_table(results):
-    """The same in short: how many times faster ours is, a line for each network."""
-    columns = sorted({(r["batch"], r["ratio"]) for r in results})
-    factors = {(r["network"], r["batch"], r["ratio"]): f"{r['times_faster']:.2f}" for r in results}
-    lines = [[network, *(factors[network, batch, ratio] for batch, ratio in columns)]
-             for network in dict.fromkeys(r["network"] for r in results)]
-    return markdown(["network", *(f"batch {batch}, ratio {ratio}" for batch, ratio in columns)], lines)
-
 FUSED_ATTENTION = {  # which torch's counter passes over on a CPU; backward works out the scores again
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **how: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
@@ -289,8 +281,24 @@ def muon_flops(config):
 SPEED = {"bfloat16": 0.4 * 989e12, "tf32": 0.4 * 494e12, "float32": 0.75 * 67e12}  # FLOP/s reached by an H100
 COMPILED_BLOCK = 44  # launches of a compiled block, forward and backward, in Inductor's code for sm_90
 
+def load_seconds(config, cfg, gpus):
+    """Median seconds in which one thread loads a process's part of a batch for a GPU, which converts the pixels and
+    draws the noise itself."""
+    shape = (max(cfg.batch_size, 512), config.image_size, config.image_size, config.channels)
+    meta = dict(num_train=shape[0], size=shape[1], channels=shape[3], dtype="uint8", class_names=None)
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/train.npy", np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+        Path(folder, "meta.json").write_text(json.dumps(meta))
+        images = Images(folder, "train", config.patch_size)
+        stream = train.Stream(images, len(images), cfg, config, torch.device("meta"), 0, gpus)
+        torch.set_num_threads(1)  # as in a run
+        seeded = sample.seeded
+        on_host = lambda *numbers, device="cpu": seeded(*numbers) if device == "cpu" else None
+        with mock.patch.object(sample, "seeded", on_host):
+            return clock(lambda: stream.load(0))
+
 def plan(args, flags):
-    """Will a run with these flags of train.py fit on H100s, and what limits it? Arithmetic: nothing is run."""
+    """Will a run with these flags of train.py fit on H100s, and what limits it? Arithmetic, but for the loader."""
     cfg, config = parse(["--preset=maskdm-64", "--no-class_cond", *flags], image_size=args.size, channels=args.channels)
     local_batch = cfg.batch_size // args.gpus
     micro_batch = cfg.micro_batch or local_batch
@@ -315,7 +323,8 @@ def plan(args, flags):
     sizes = {"weights": 4 * n, "gradients": 4 * n, "AdamW": 8 * n, "average": 4 * n, "weights in bfloat16": 2 * n,
              "activations": kept_by_two - kept}
     times = {"products and attention": flops / SPEED[precision], "optimizer and average": update,
-             "launches": launches * 1e-5, "network": sent / network}
+             "launches": launches * 1e-5, "network": sent / network,
+             "loading (this machine)": load_seconds(config, cfg, args.gpus)}
     fits = "fits in" if sum(sizes.values()) < args.memory else "does NOT fit in"
     sizes[f"in all: {fits} {args.memory / 1e9:.0f} GB"] = sum(sizes.values())
     print(f"{n / 1e6:.1f} M weights, {local_batch} of {cfg.batch_size} images on each of {args.gpus} GPUs")
@@ -324,7 +333,7 @@ def plan(args, flags):
         print(f"{size / 1e9:8.2f} GB {name}")
     for name, seconds in times.items():
         print(f"{1e3 * seconds:8.1f} ms {name}")
-    # The GPU computes while Python launches and the gradients travel.
+    # The GPU computes while Python launches, the loader reads and the gradients travel.
     together = {"the GPU": times.pop("products and attention") + times.pop("optimizer and average"), **times}
     limit = max(together, key=together.get)
     rate = cfg.batch_size / together[limit]

@@ -24,8 +24,6 @@ from prepare_data import check, to_image
 
 # ---- Runs.
 QUIET = ["--sample_every=0", "--save_every=0"]
-DEMO = "--preset=demo"
-B16 = "--batch_size=16"
 
 def masked(ratio, *flags, kind="patch"):
     return [f"--mask_ratio={ratio}", f"--mask_type={kind}", *flags]
@@ -86,23 +84,6 @@ def measure_costs(commands, costs, folder, log, rounds=3):
     for name in missing:
         costs[name] = scale * min(times[name])
 
-# ---- Judgement.
-def frechet_distance(samples, folder, stem, log, features="judge"):
-    """Distance of the samples in an .npz to 2000 training images of a set.
-
-    By features that judge.py learns from that set, or "random" ones. What is made for it is named by `stem`.
-    """
-    net = "random"
-    if features == "judge":
-        net = f"{stem}-judge.pt"
-        if not os.path.exists(net):
-            call("tests/tools/judge.py", folder, "--no-table", "--out", net, log=log)
-    reference = f"{stem}-{features}.npz"
-    if not os.path.exists(reference):
-        call("fid.py", folder, "--features", net, "--num", 2000, "--stats", reference, log=log)
-    out, _ = call("fid.py", reference, samples, "--features", net, "--json", log=log)
-    return last_json(out)["fd" if features == "judge" else "random_fd"]
-
 # ---- Reports.
 def where_from():
     """What a figure must be told with: the code, the machine, the day."""
@@ -121,26 +102,6 @@ def typed(file, argv):
     """The command of this process as anybody can type it: files by their names."""
     names = [re.sub("(^|=)/.*/", r"\1", arg) for arg in argv]
     return shlex.join(["python", f"tests/tools/{Path(file).name}", *names])
-
-class Results:
-    """What is finished of a comparison, in a file. The same command goes on from there."""
-
-    def __init__(self, path, settings, command):
-        self.path = path
-        self.stored = dict(settings, results=[])
-        if path.exists():
-            self.stored = json.loads(path.read_text())
-        for name, value in settings.items():
-            known = self.stored.get(name)
-            check(known == value, f"{path} has results with other {name} ({known}): give another --out")
-        self.stored["command"] = command
-        self.results = self.stored["results"]
-
-    def find(self, **wanted):
-        return [r for r in self.results if wanted.items() <= r.items()]
-
-    def save(self):
-        self.path.write_text(json.dumps(self.stored, indent=1))
 
 def spread(values):
     """The mean, and half the distance between the extremes; nothing of what was not measured."""

@@ -5,8 +5,8 @@ python tests/tools/continual.py --data data/fashion --minutes 0.5
 Each task is what two classes hold. All methods start from one model of the first task and learn the others in
 order, each for --minutes (planned as in reproduce.py) on one core. After each task the samples of every task
 so far are judged by the classifier of the whole set (classifier.py), against the held-out images of its two
-classes. Forgetting of a task: its last distance less its least. At the end fid.py tells the losses by noise level
-and bits per dimension of each task, for held-out images and for those that a buffer of the method holds.
+classes. Forgetting of a task: its last distance less its least. At the end fid.py tells the losses by noise
+level and bits per dimension of each task.
 
 fine-tuning                nothing but the new task
 joint                      --data: all tasks so far
@@ -43,9 +43,6 @@ def subset(source, folder, *flags, log):
         call("prepare_data.py", source, *flags, "--out", folder, log=log)
     return str(folder)
 
-def buffers(task, size, args, log):
-    return subset(task, args.out / f"{Path(task).name}-{size}", "--num", size, log=log)
-
 def flags_of(method, tasks, before, folder, args, log):
     """The flags of train.py for learning tasks[-1] when `before`, a checkpoint, knows the others."""
     name, _, value = method.split("+")[0].partition("-")
@@ -62,7 +59,7 @@ def flags_of(method, tasks, before, folder, args, log):
         call("sample.py", "--ckpt", before, "--num=512", *DRAW, "--out", samples, log=log)
         old = [subset(samples, folder / "generated", "--val_frac", 0, log=log)]
     else:
-        old = [buffers(task, size, args, log) for task in old]
+        old = [subset(task, args.out / f"{Path(task).name}-{size}", "--num", size, log=log) for task in old]
     teacher = [f"--distill_from={before}"] if "+taught" in method else []
     return [f"--data={new}", f"--replay={','.join(old)}", f"--replay_coef={coef}", *teacher]
 
@@ -108,11 +105,8 @@ def learn(method, first, costs, args):
         steps.append(facts["steps"])
         rows.append(judge(checkpoint, t + 1, here, args, log))
     shutil.copy(checkpoint, folder / "final.pt")
-    report = {}
-    sets = {f"task {i}": task for i, task in enumerate(args.tasks[: len(rows)])}
-    for name, data in sets.items():
-        out, _ = call("fid.py", data, folder / "final.pt", "--metrics=bpd", "--num", 100, "--json", log=log)
-        (report[name],) = last_json(out).values()
+    out, _ = call("fid.py", ",".join(args.tasks[: len(rows)]), checkpoint, "--metrics=bpd", "--num", 64, log=log)
+    report = {f"task {i + 1}": found for i, found in enumerate(last_json(out).values())}
     for big in folder.glob("task*/run"):
         shutil.rmtree(big)
     return dict(method=method, seed=args.seed, scores=rows, steps=steps, extra_seconds=extra, report=report,
@@ -168,7 +162,7 @@ def main(argv):
             found = learn(method, first, costs, args)
             kept.write_text(json.dumps(found, indent=1))
             costs_file.write_text(json.dumps(costs, indent=1))
-            print(table([found | dict(method=method)]).splitlines()[-1] if first else "first", file=sys.stderr, flush=True)
+            print(method, [round(d["fd"], 1) for d in found["scores"][-1]], file=sys.stderr, flush=True)
         if method == FIRST:
             first = json.loads(kept.read_text())
     results = [json.loads(path.read_text()) for path in args.out.glob("*/result.json")]
