@@ -569,7 +569,7 @@ def run_script(main):
         sys.exit(1)
 
 DATA_FILES = {"train.npy", "val.npy", "train_labels.npy", "val_labels.npy", "meta.json",
-              "judge.pt", "judge.json"}  # the last two are written by tests/tools/judge.py
+              "classifier.pt"}  # the last one is written by tests/tools/classifier.py
 
 def main(argv=None):
     parser = Parser(__doc__)

@@ -1086,9 +1086,9 @@ def test_force_replaces_a_data_set_and_nothing_beside_it(tmp_path):
     prepare(src, out, "--size=4")
     assert "--force" in refused(src, "--out", out, "--size", 8)
     assert open_folder(out)[2]["size"] == 4
-    (out / "judge.pt").write_text("features learned from the set, which go with it")
+    (out / "classifier.pt").write_text("features learned from the set, which go with it")
     prepare(src, out, "--size=8", "--force")
-    assert open_folder(out)[2]["size"] == 8 and not (out / "judge.pt").exists()
+    assert open_folder(out)[2]["size"] == 8 and not (out / "classifier.pt").exists()
     assert all((tmp_path / path).read_bytes() == data for path, data in precious.items())
     assert sorted(os.listdir(tmp_path)) == ["out", "out.new", "out.old", "out.tmp", "src"]
 

@@ -7,7 +7,7 @@ python fid.py data/fashion/val.npy out/samples.npz --features data/fashion/class
 Reported are the Frechet distance and KID to the held-out images in the features of the classifier
 ("classifier FD"), and the share of samples that it takes for the class that was asked for. Features are in
 units in which the held-out images have a variance of 100 in all: a distance of 1 is one per cent of it.
-The last line of the table is the floor: as many training images, judged in the same way.
+The line of training images is the floor: as many of them, judged in the same way.
 """
 
 import math
@@ -125,8 +125,7 @@ def main(argv):
         lines += [(Path(path).stem, first), ("nearest in training", nearest(first, images))]
     some = np.sort(np.random.default_rng(0).permutation(len(images))[:results[0]["num"] if results else 2000])
     results.append(dict(images="training images", **scores(net, reference, images[some], labels[some])))
-    held, held_labels, _ = open_folder(args.data, "val")
-    results.append(dict(images="the held-out images", **scores(net, reference, held, held_labels)))
+    results.append(dict(images="held-out images", **scores(net, reference, *open_folder(args.data, "val")[:2])))
     print(table(results))
     if args.nearest:
         picture(args.nearest, lines)

@@ -1,4 +1,4 @@
-"""Run the project's scripts, judge what they draw, and say with what a figure was measured."""
+"""Run the scripts of the project, and say with what a figure was measured."""
 
 import json
 import os

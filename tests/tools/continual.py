@@ -2,10 +2,9 @@
 
 python tests/tools/continual.py --data data/fashion --minutes 0.5
 
-Each task is what two classes hold. All methods start from one model of the first task and learn the others in
-order, each for --minutes (planned as in reproduce.py) on one core. After each task the samples of every task
-so far are judged by the classifier of the whole set (classifier.py), against the held-out images of its two
-classes. Forgetting of a task: its last distance less its least. At the end fid.py tells the losses by noise
+A task is what two classes hold. All methods start from one model of the first task and learn the others in order,
+each for --minutes (planned as in reproduce.py) on one core. After each task classifier.py judges the samples of
+every task so far. Forgetting is the last distance less the least. At the end fid.py tells the losses by noise
 level and bits per dimension of each task.
 
 fine-tuning                nothing but the new task
@@ -23,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import call, last_json, markdown, measure_costs, picture, spread, train_for, typed, where_from
+from common import call, last_json, markdown, measure_costs, spread, train_for, typed, where_from
 
 import numpy as np
 
@@ -138,7 +137,7 @@ def main(argv):
     add = parser.add
     add("data", "data/fashion", "prepared set with classes")
     add("methods", METHODS, "as explained in the file")
-    add("minutes", 0.5, "of training, for each task and method; the first task has four times as many")
+    add("minutes", 0.5, "of training of a task; of the first one four times as many")
     add("seed", 0, "of training and sampling")
     add("num", 200, "samples of each distance", low=2)
     add("out", None, "folder; None = out/continual/DATA")
@@ -166,15 +165,10 @@ def main(argv):
         if method == FIRST:
             first = json.loads(kept.read_text())
     results = [json.loads(path.read_text()) for path in args.out.glob("*/result.json")]
-    order = [FIRST, *METHODS.split(",")]
-    results.sort(key=lambda r: (order.index(r["method"]) if r["method"] in order else len(order), r["seed"]))
+    results.sort(key=lambda r: (f"{FIRST},{METHODS}".find(r["method"]), r["seed"]))
     about = dict(command=typed(__file__, argv), minutes=args.minutes, num=args.num, results=results)
     (args.out / "continual.json").write_text(json.dumps(about, indent=1))
     print(table(results))
-    lines = [(r["method"], np.concatenate([np.load(path)["arr_0"][:4] for path in sorted(
-        (args.out / f"{r['method']}-{r['seed']}" / f"task{len(args.tasks) - 1}").glob("samples?.npz"))]))
-        for r in results if r["method"] != FIRST and r["seed"] == args.seed]
-    picture(args.out / "continual-samples.png", lines)
 
 if __name__ == "__main__":
     run_script(main)

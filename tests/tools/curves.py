@@ -3,9 +3,8 @@
 python tests/tools/curves.py out                                # every run in out/log.jsonl -> out/curves.png
 python tests/tools/curves.py out other/out --x seconds --out both.png
 
-Lines are losses of steps (means over the last twentieth), dots are validation losses. Both axes are
-logarithmic. Seconds are those of training, without validation and saving; a run that starts from another
-one (--init_from) follows it on the axis.
+Lines are losses of steps (means over the last twentieth), dots are validation losses. Seconds are those of
+training, without validation and saving; a run that starts from another one (--init_from) follows it.
 """
 
 import json

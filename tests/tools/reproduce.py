@@ -5,14 +5,12 @@ python tests/tools/reproduce.py speedup --data data/fashion             # ends w
 
 A way of your own becomes a line of that table: add it to WAYS and to CLAIMS, and run the command again.
 
-CLAIM names rows of CLAIMS: ways to train (WAYS: stages, each a share of the time and flags of train.py),
-and for how long, in units of --each minutes on one core. Time is planned: short runs of all stages take
-turns, and the least seconds of a step are its cost; a stage then gets as many steps as its time has room
-for. So the drift of the machine does not enter. Judged are the validation loss on whole images and --num
-samples: Frechet distance and KID to the held-out images in the features of a classifier of that set, and
-the share that it takes for the class asked for (classifier.py). On a set without classes: the loss alone.
-Each run keeps its folder in OUT and is not repeated, so an interrupted call goes on, two calls with other
---seeds or claims may share OUT, and a row that two claims name is trained once.
+A claim names ways to train (WAYS: stages, each a share of the time and flags of train.py), and for how long,
+in units of --each minutes on one core. Time is planned: short runs of all stages take turns, and the least
+seconds of a step are its cost; a stage then gets as many steps as its time has room for. Reported are the
+validation loss on whole images and what classifier.py says of --num samples; on a set without classes the loss
+alone. Each run keeps its folder in OUT and is not repeated. So an interrupted call goes on, and calls with
+other --seeds or claims may share OUT.
 """
 
 import json
@@ -249,10 +247,8 @@ def records(results):
                                    for sign, t, curve in zip(signs, times, curves_of_seeds)))
             cells.append(", ".join(f"{'≥ ' * bool(sign)}{longest / t:.1f}" if t else "" for sign, t in zip(signs, times)))
         lines.append([way, *cells, ", ".join(map(str, seeds))])
-    heads = []
-    for key, value in goals.items():
-        name = "loss" if key == "val_loss" else "FD"
-        heads += [f"minutes to {name} {value:.4g}", "times faster"]
+    names = dict(val_loss="loss", fd="FD")
+    heads = [head for key, goal in goals.items() for head in (f"minutes to {names[key]} {goal:.4g}", "times faster")]
     return markdown(["way", *heads, "seeds"], lines)
 
 def draw_figures(results, args):
@@ -266,8 +262,8 @@ def draw_figures(results, args):
         if lines:
             curves.draw(args.out / f"{args.claim}-{key}.png", lines, f"{title} against minutes of training, planned")
     images, labels = open_folder(args.data, "val")[:2]
-    first = [np.flatnonzero(labels == label)[0] for label in range(10)] if args.classes else range(10)
-    lines = [("real", images[list(first)])]
+    _, first = np.unique(labels, return_index=True)  # one of each class
+    lines = [("real", images[first])]
     for r in results:
         path = folder_of(r["way"], r["minutes"] / args.each, 0, args) / "samples0.npz"
         if r["seed"] == 0 and path.exists():
