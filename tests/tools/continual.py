@@ -4,8 +4,7 @@ python tests/tools/continual.py --data data/fashion --minutes 0.5
 
 A task is what two classes hold. All methods start from one model of the first task and learn the others in order,
 each for --minutes (planned as in reproduce.py) on one core. After each task classifier.py judges the samples of
-every task so far. Forgetting is the last distance less the least. At the end fid.py tells the losses by noise
-level and bits per dimension of each task.
+every task so far. Forgetting is the last distance less the least. At the end fid.py tells bits per dimension.
 
 fine-tuning                nothing but the new task
 joint                      --data: all tasks so far

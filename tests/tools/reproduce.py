@@ -191,12 +191,12 @@ def run(name, units, seed, args, costs):
                 **where_from())
 
 # ---- Reports.
-def table(results, *minutes):
-    """A line for each way, time and way of sampling, over the seeds."""
+def table(results, only=""):
+    """A line for each way (that `only` finds), time and way of sampling, over the seeds."""
     lines = []
     for name, at in dict.fromkeys((r["way"], r["minutes"]) for r in results):
         own = [r for r in results if (r["way"], r["minutes"]) == (name, at)]
-        if minutes and f"{at:g}" not in minutes:
+        if not re.search(only, name):
             continue
         steps = ", ".join(f"{stage['steps']}" for stage in own[0]["stages"])
         measured = sum(stage["measured"] for r in own for stage in r["stages"]) / len(own)
