@@ -323,8 +323,7 @@ def plan(args, flags):
     sizes = {"weights": 4 * n, "gradients": 4 * n, "AdamW": 8 * n, "average": 4 * n, "weights in bfloat16": 2 * n,
              "activations": kept_by_two - kept}
     times = {"products and attention": flops / SPEED[precision], "optimizer and average": update,
-             "launches": launches * 1e-5, "network": sent / network,
-             "loading (this machine)": load_seconds(config, cfg, args.gpus)}
+             "launches": launches * 1e-5, "network": sent / network}
     fits = "fits in" if sum(sizes.values()) < args.memory else "does NOT fit in"
     sizes[f"in all: {fits} {args.memory / 1e9:.0f} GB"] = sum(sizes.values())
     print(f"{n / 1e6:.1f} M weights, {local_batch} of {cfg.batch_size} images on each of {args.gpus} GPUs")
@@ -333,7 +332,8 @@ def plan(args, flags):
         print(f"{size / 1e9:8.2f} GB {name}")
     for name, seconds in times.items():
         print(f"{1e3 * seconds:8.1f} ms {name}")
-    # The GPU computes while Python launches, the loader reads and the gradients travel.
+    print(f"{1e3 * load_seconds(config, cfg, args.gpus):8.1f} ms loading, on this machine and as busy as it is now")
+    # The GPU computes while Python launches and the gradients travel.
     together = {"the GPU": times.pop("products and attention") + times.pop("optimizer and average"), **times}
     limit = max(together, key=together.get)
     rate = cfg.batch_size / together[limit]
