@@ -87,6 +87,14 @@ def test_figures_within_the_text_are_those_of_the_results():
     for page in (text, readme):
         assert "{:.0f}, {:.0f} and {:.0f} % lower".format(*(100 * x for x in less)) in page
         assert f"{cells[4].replace(', ', ' and ')} times" in page
+    more = {"val_loss": [], "fd": []}  # per cent above training from scratch, in half of the time
+    for of, minutes in ((", patches of 4", 0.5), ("", 2), (", patches of 1", 8)):
+        for key, values in more.items():
+            slow, fast = (mean_of(stored("patches.json")["results"], key, way=f"{way}{of}", minutes=t)
+                          for way, t in (("from scratch", minutes), ("two stages", minutes / 2)))
+            values.append(round(100 * (fast / slow - 1)))
+    for (few, some, many), words in zip(more.values(), ("% above that of", "%.")):
+        assert f"{few}, {some} and {many} {words}" in text
     dropped = {(r["dropout"], r["weights"], r["steps"], r["seed"]): f"{r['random_fd']:.2f}"
                for r in stored("dropout.json")["results"]}
     for steps in (1, 2):

@@ -192,11 +192,11 @@ def run(name, units, seed, args, costs):
 
 # ---- Reports.
 def table(results, only=""):
-    """A line for each way (that `only` finds), time and way of sampling, over the seeds."""
+    """A line for each way and time ("WAY, 2 min", that `only` finds) and way of sampling, over the seeds."""
     lines = []
     for name, at in dict.fromkeys((r["way"], r["minutes"]) for r in results):
         own = [r for r in results if (r["way"], r["minutes"]) == (name, at)]
-        if not re.search(only, name):
+        if not re.search(only, f"{name}, {at:g} min"):
             continue
         steps = ", ".join(f"{stage['steps']}" for stage in own[0]["stages"])
         measured = sum(stage["measured"] for r in own for stage in r["stages"]) / len(own)
