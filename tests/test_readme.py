@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import bench
-import continual
 import reproduce
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +23,6 @@ MEASURED = [m.groups() for page in PAGES.values() for m in TABLE.finditer(page) 
 MAKERS = {
     "table": lambda r, *only: reproduce.table(r["results"], *only),
     "records": lambda r: reproduce.records(r["results"]),
-    "forgetting": lambda r: continual.table(r["results"]),
     "speed": lambda r: bench.summary(r["results"]),
     "against": lambda r: bench.against_table(r["results"]),
 }

@@ -25,8 +25,14 @@ from prepare_data import check, to_image
 # ---- Runs.
 QUIET = ["--sample_every=0", "--save_every=0"]
 
-def masked(ratio, *flags, kind="patch"):
-    return [f"--mask_ratio={ratio}", f"--mask_type={kind}", *flags]
+def masked(ratio, kind="patch"):
+    return [f"--mask_ratio={ratio}", f"--mask_type={kind}"]
+
+def subset(source, folder, *flags, log):
+    """A part of a prepared set, made once by prepare_data.py with these flags."""
+    if not folder.exists():
+        call("prepare_data.py", source, *flags, "--out", folder, log=log)
+    return folder
 
 def call(script, *args, log):
     """Run a script of the project -> what it prints, and its peak memory in GB. The rest goes to the file `log`."""

@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import call, last_json, markdown, measure_costs, spread, train_for, typed, where_from
+from common import call, last_json, markdown, measure_costs, spread, subset, train_for, typed, where_from
 
 import numpy as np
 
@@ -34,12 +34,6 @@ METHODS = ("fine-tuning,joint,replay-1-8,replay-0.3-8,replay-0.1-8,replay-1-64,r
 FIRST = "first"  # the model of the first task, from which all methods start
 PLAIN = ["--preset=demo", "--class_cond", *WHOLE]
 DRAW = ["--sampler=euler", "--steps=12"]
-
-def subset(source, folder, *flags, log):
-    """A part of a prepared set, made once."""
-    if not folder.exists():
-        call("prepare_data.py", source, *flags, "--out", folder, log=log)
-    return str(folder)
 
 def flags_of(method, tasks, before, folder, args, log):
     """The flags of train.py for learning tasks[-1] when `before`, a checkpoint, knows the others."""
@@ -59,7 +53,7 @@ def flags_of(method, tasks, before, folder, args, log):
     else:
         old = [subset(task, args.out / f"{Path(task).name}-{size}", "--num", size, log=log) for task in old]
     teacher = [f"--distill_from={before}"] if "+taught" in method else []
-    return [f"--data={new}", f"--replay={','.join(old)}", f"--replay_coef={coef}", *teacher]
+    return [f"--data={new}", f"--replay={','.join(map(str, old))}", f"--replay_coef={coef}", *teacher]
 
 def judge(checkpoint, num_tasks, folder, args, log):
     """Scores of the samples of each task so far, by the classifier of the whole set."""
@@ -73,7 +67,7 @@ def judge(checkpoint, num_tasks, folder, args, log):
              ",".join(pair), "--out", samples, log=log)
         drawn = np.load(samples)["arr_0"]
         asked = 2 * i + np.arange(len(drawn)) % 2
-        reference = classifier.features_of(net, images[(labels == 2 * i) | (labels == 2 * i + 1)])
+        reference = classifier.features_of(net, images[labels // 2 == i])
         found.append(classifier.scores(net, reference, drawn, asked))
     return found
 
@@ -116,13 +110,11 @@ def forgetting(rows):
     best = [min(row[i]["fd"] for row in rows[i:]) for i in range(len(last))]
     return statistics.mean(last[i]["fd"] - best[i] for i in range(len(last) - 1))
 
-def table(results, *methods):
-    """A line for each method, over its seeds; all methods or those named."""
+def table(results):
+    """A line for each method, over its seeds."""
     lines = []
     for method in dict.fromkeys(r["method"] for r in results if r["method"] != FIRST):
         own = [r for r in results if r["method"] == method]
-        if methods and method not in methods:
-            continue
         by_task = [spread([r["scores"][-1][i]["fd"] for r in own]) for i in range(len(own[0]["scores"][-1]))]
         mean = spread([statistics.mean(d["fd"] for d in r["scores"][-1]) for r in own])
         right = spread([100 * statistics.mean(d["right"] for d in r["scores"][-1]) for r in own])
@@ -150,7 +142,8 @@ def main(argv):
     args.tasks = []
     for i in range(0, len(args.classes), 2):
         pair = args.classes[i : i + 2]
-        args.tasks.append(subset(args.data, args.out / f"task{i // 2 + 1}", "--classes", ",".join(pair), log=log))
+        task = subset(args.data, args.out / f"task{i // 2 + 1}", "--classes", ",".join(pair), log=log)
+        args.tasks.append(str(task))
     costs_file = args.out / "costs.json"
     costs = json.loads(costs_file.read_text()) if costs_file.exists() else {}
     first = None

@@ -23,7 +23,7 @@ from itertools import product
 from pathlib import Path
 
 from common import (  # puts the project on the path
-    call, last_json, markdown, masked, measure_costs, picture, spread, train_for, typed, where_from)
+    call, markdown, masked, measure_costs, picture, spread, subset, train_for, typed, where_from)
 
 import numpy as np
 
@@ -40,21 +40,25 @@ class Way:
     draw: tuple = (["--steps=10"],)  # flags of sample.py
 
 FINE = "--patch_size=2"
-WHOLE = [FINE, "--batch_size=16", "--lr=4e-3", "--warmup=50"]  # tuned: claim tune
-SHARE, MASK = 1 / 2, "crop"  # of stage 1, tuned likewise
+SHARE, MASK = 1 / 2, "crop"  # of stage 1; these and the rate and batch of whole images by the claim tune
 
-def stage_1(ratio=0.9, batch_size=48, kind=MASK, *more):
-    return [FINE, *masked(ratio, kind=kind), f"--batch_size={batch_size}", *more]
+def stage_1(ratio=0.9, batch_size=48, mask=MASK, patch_size=2):
+    return [f"--patch_size={patch_size}", *masked(ratio, mask), f"--batch_size={batch_size}"]
 
-def two_stages(first, share=SHARE, whole=WHOLE, on="data"):
-    return Way([(share, first), (1 - share, whole)], on=on)
+def whole(batch_size=16, lr="4e-3", patch_size=2):
+    return [f"--patch_size={patch_size}", f"--batch_size={batch_size}", f"--lr={lr}", "--warmup=50"]
+
+WHOLE = whole()
+
+def two_stages(first, share=SHARE, last=WHOLE):
+    return Way([(share, first), (1 - share, last)])
 
 def patches(size, batch_size, first_batch):
     """From scratch and in two stages with patches of another size."""
-    last = [f"--patch_size={size}", f"--batch_size={batch_size}", *WHOLE[2:]]
-    first = [f"--patch_size={size}", f"--batch_size={first_batch}", *stage_1()[1:3]]
+    last = whole(batch_size, patch_size=size)
+    first = stage_1(batch_size=first_batch, patch_size=size)
     return {f"from scratch, patches of {size}": Way([(1, last)]),
-            f"two stages, patches of {size}": two_stages(first, whole=last)}
+            f"two stages, patches of {size}": two_stages(first, last=last)}
 
 def tuned(*flags):
     """Consistency tuning of the model that two stages trained."""
@@ -70,7 +74,7 @@ SCT = "--ref_batch=256"
 WAYS = {
     "from scratch": Way([(1, WHOLE)]),
     "two stages": two_stages(stage_1()),
-    "growing crops": Way([(0.6 * SHARE, stage_1()), (0.4 * SHARE, stage_1(0.75, 20, MASK, "--warmup=20")),
+    "growing crops": Way([(0.6 * SHARE, stage_1()), (0.4 * SHARE, [*stage_1(0.75, 20), "--warmup=20"]),
                           (1 - SHARE, WHOLE)]),
     "coarse patches first": two_stages(["--patch_size=4", "--batch_size=16", "--lr=4e-3", "--lr_schedule=constant"]),
     **patches(4, 16, 64),
@@ -95,12 +99,11 @@ WAYS = {
 }
 for _batch, _lr in ((16, "1e-3"), (16, "2e-3"), (16, "4e-3"), (16, "8e-3"), (8, "2e-3"), (8, "4e-3"), (32, "2e-3"),
                     (32, "4e-3")):
-    WAYS[f"scratch, batch {_batch}, rate {_lr}"] = Way(
-        [(1, [FINE, f"--batch_size={_batch}", f"--lr={_lr}", "--warmup=50"])])
+    WAYS[f"scratch, batch {_batch}, rate {_lr}"] = Way([(1, whole(_batch, _lr))])
 for _mask, _share, _lr in (*product(("crop", "block"), (1 / 2, 2 / 3, 4 / 5), ["2e-3"]), ("crop", 1 / 2, "4e-3"),
                            ("crop", 1 / 2, "8e-3")):
-    WAYS[f"stage 1 {_mask}, share {_share:.2f}, rate {_lr}"] = two_stages(
-        stage_1(0.9, 48, _mask), _share, [FINE, "--batch_size=16", f"--lr={_lr}", "--warmup=50"])
+    WAYS[f"stage 1 {_mask}, share {_share:.2f}, rate {_lr}"] = two_stages(stage_1(mask=_mask), _share, whole(lr=_lr))
+
 CLAIMS = {  # [(way, units of time)]
     # Rate and batch of a run from scratch; then share and mask of the first stage. On other seeds and images.
     "tune": [(name, 1) for name in WAYS if name.startswith(("scratch,", "stage 1 "))],
@@ -132,16 +135,13 @@ def folder_of(name, units, seed, args):
     return args.out / re.sub(r"[^0-9a-zA-Z.]+", "-", f"{name} {minutes} {seed}")
 
 def data_set(on, args):
-    """The folder of a part of the data: eight classes, the other two, or 300 images of these."""
+    """The folder of the data, of its first eight classes, or of 300 images of the other two."""
     if on == "data":
         return args.data
-    folder = args.out / on
-    if not folder.exists():
-        names = args.classes[:8] if on == "eight" else args.classes[8:]
-        few = ["--num", 300] if on == "few" else []
-        call("prepare_data.py", args.data, "--classes", ",".join(names), *few, "--out", folder,
-             log=args.out / "output.txt")
-    return folder
+    flags = ["--classes", ",".join(args.classes[:8])]
+    if on == "few":
+        flags = ["--classes", ",".join(args.classes[8:]), "--num", 300]
+    return subset(args.data, args.out / on, *flags, log=args.out / "output.txt")
 
 def judged(checkpoint, samples, flags, on, args, log):
     """Draw samples -> what the classifier says of them."""
@@ -201,10 +201,10 @@ def table(results, only=""):
         steps = ", ".join(f"{stage['steps']}" for stage in own[0]["stages"])
         measured = sum(stage["measured"] for r in own for stage in r["stages"]) / len(own)
         for drawn in zip(*(r["drawn"] for r in own)):
-            judged = [spread([scale * d.get(key) if key in d else None for d in drawn])
+            scores = [spread([scale * d[key] for d in drawn]) if key in drawn[0] else ""
                       for key, scale in (("fd", 1), ("kid", 1), ("right", 100))]
             lines.append([name, f"{at:g}", f"{measured / 60:.1f}", steps, drawn[0]["flags"].replace("--", ""),
-                          spread([r["val_loss"] for r in own]), *judged, str(len(own))])
+                          spread([r["val_loss"] for r in own]), *scores, str(len(own))])
     heads = ["way", "minutes", "measured", "steps", "samples", "validation loss", "classifier FD", "KID",
              "right class, %", "seeds"]
     return markdown(heads, lines)
