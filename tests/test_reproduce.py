@@ -61,13 +61,13 @@ def test_tables_have_the_mean_and_half_the_range():
 
 def test_forgetting_is_the_last_distance_less_the_least():
     fds = [[4.0], [9.0, 5.0], [8.0, 6.0, 2.0]]
-    rows = [[dict(fd=fd, right=0.9) for fd in row] for row in fds]
-    report = {name: dict(bits_per_dim=bits) for name, bits in (("a", 2.0), ("b", 3.0), ("c", 7.0))}
+    bits = [2.0, 3.0, 7.0]
+    rows = [[dict(fd=fd, right=0.9, bits_per_dim=b) for fd, b in zip(row, bits)] for row in fds]
     assert continual.forgetting(rows) == ((8 - 4) + (6 - 5)) / 2
-    r = dict(method="fine-tuning", seed=0, scores=rows, report=report)
+    r = dict(method="fine-tuning", seed=0, scores=rows)
     line = continual.table([r]).splitlines()[2]
     assert line == f"| fine-tuning | 8 | 6 | 2 | {16 / 3:.4g} | 2.5 | 90 | 4 |"
-    again = dict(r, scores=[[dict(fd=2 * d["fd"], right=0.7) for d in row] for row in rows])
+    again = dict(r, scores=[[dict(d, fd=2 * d["fd"], right=0.7) for d in row] for row in rows])
     assert "| 12 ± 4 | 9 ± 3 | 3 ± 1 | 8 ± 2.7 | 3.75 ± 1.2 | 80 ± 10 |" in continual.table([r, again])
 
 

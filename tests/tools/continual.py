@@ -1,6 +1,6 @@
 """Learn the classes of a data set in pairs, one pair after the other, by several methods.
 
-python tests/tools/continual.py --data data/fashion --minutes 0.5
+python tests/tools/continual.py --data data/fashion
 
 A task is what two classes hold. All methods start from one model of the first task and learn the others in order,
 each for --minutes (planned as in reproduce.py) on one core. After each task classifier.py judges the samples of
@@ -18,7 +18,6 @@ import json
 import shutil
 import statistics
 import sys
-import time
 from pathlib import Path
 
 from common import call, last_json, markdown, measure_costs, spread, subset, train_for, typed, where_from
@@ -27,12 +26,12 @@ import numpy as np
 
 import classifier
 from prepare_data import Parser, check, open_folder, run_script
-from reproduce import WHOLE
+from reproduce import whole
 
 METHODS = ("fine-tuning,joint,replay-1-8,replay-0.3-8,replay-0.1-8,replay-1-64,replay-0.3-64,replay-0.1-64,"
            "replay-1-512,replay-0.3-512,replay-0.1-512,generative-1,generative-1+taught,l2-0.01,ewc-1e3")
 FIRST = "first"  # the model of the first task, from which all methods start
-PLAIN = ["--preset=demo", "--class_cond", *WHOLE]
+PLAIN = ["--preset=demo", "--class_cond", *whole(patch_size=4)]
 DRAW = ["--sampler=euler", "--steps=12"]
 
 def flags_of(method, tasks, before, folder, args, log):
@@ -55,21 +54,29 @@ def flags_of(method, tasks, before, folder, args, log):
     teacher = [f"--distill_from={before}"] if "+taught" in method else []
     return [f"--data={new}", f"--replay={','.join(map(str, old))}", f"--replay_coef={coef}", *teacher]
 
-def judge(checkpoint, num_tasks, folder, args, log):
-    """Scores of the samples of each task so far, by the classifier of the whole set."""
-    net = classifier.load(args.data)
-    images, labels = open_folder(args.data, "val")[:2]
+def judge(checkpoint, sets, folder, args, log):
+    """For each set so far: its samples' scores by the classifier of the whole set, bits and losses of test images."""
+    samples = folder / "samples.npz"
+    known = 2 * len(sets)
+    call("sample.py", "--ckpt", checkpoint, f"--num={args.num * len(sets)}", *DRAW, f"--seed={args.seed}", "--labels",
+         ",".join(args.classes[:known]), "--out", samples, log=log)
+    drawn = np.load(samples)["arr_0"]
+    asked = np.arange(len(drawn)) % known
+    out, _ = call("fid.py", ",".join(sets), checkpoint, "--metrics=bpd", "--num=128", log=log)
     found = []
-    for i in range(num_tasks):
-        pair = args.classes[2 * i : 2 * i + 2]
-        samples = folder / f"samples{i}.npz"
-        call("sample.py", "--ckpt", checkpoint, f"--num={args.num}", *DRAW, f"--seed={args.seed}", "--labels",
-             ",".join(pair), "--out", samples, log=log)
-        drawn = np.load(samples)["arr_0"]
-        asked = 2 * i + np.arange(len(drawn)) % 2
-        reference = classifier.features_of(net, images[labels // 2 == i])
-        found.append(classifier.scores(net, reference, drawn, asked))
+    for i, report in enumerate(last_json(out).values()):
+        own = asked // 2 == i
+        found.append(classifier.scores(args.net, args.references[i], drawn[own], asked[own]) | report)
     return found
+
+def seen_in(buffer, checkpoint, log):
+    """Bits and losses of the images in a buffer themselves."""
+    seen = Path(f"{buffer}-seen")
+    if not seen.exists():
+        shutil.copytree(buffer, seen)
+        for part in ("", "_labels"):
+            shutil.copy(seen / f"train{part}.npy", seen / f"val{part}.npy")
+    return last_json(call("fid.py", seen, checkpoint, "--metrics=bpd", "--num=128", log=log)[0])[str(seen)]
 
 def learn(method, first, costs, args):
     """Run a method through all tasks, or learn the first one -> scores, row t of them after task t, and more."""
@@ -79,13 +86,11 @@ def learn(method, first, costs, args):
     log = folder / "output.txt"
     checkpoint = first and args.out / f"{FIRST}-{args.seed}" / "final.pt"
     rows = [first["scores"][0]] if first else []
-    steps, extra = [], 0.0
+    steps = []
     for t in range(len(rows), len(args.tasks) if first else 1):
         here = folder / f"task{t}"
         here.mkdir()
-        begin = time.time()  # what a method does before it trains
         flags = [f"--seed={args.seed}", *PLAIN, *flags_of(method, args.tasks[: t + 1], checkpoint, here, args, log)]
-        extra += time.time() - begin
         if checkpoint:
             flags.append(f"--init_from={checkpoint}")
         kind = "taught" if "+taught" in method else method.split("-")[0]
@@ -95,14 +100,14 @@ def learn(method, first, costs, args):
         minutes = args.minutes if first else 4 * args.minutes
         checkpoint, facts = train_for(60 * minutes, costs[kind], here / "run", flags, log)
         steps.append(facts["steps"])
-        rows.append(judge(checkpoint, t + 1, here, args, log))
+        rows.append(judge(checkpoint, args.tasks[: t + 1], here, args, log))
     shutil.copy(checkpoint, folder / "final.pt")
-    out, _ = call("fid.py", ",".join(args.tasks[: len(rows)]), checkpoint, "--metrics=bpd", "--num", 64, log=log)
-    report = {f"task {i + 1}": found for i, found in enumerate(last_json(out).values())}
+    seen = None
+    if method.startswith("replay"):
+        seen = seen_in(args.out / f"task1-{method.split('-')[-1]}", checkpoint, log)
     for big in folder.glob("task*/run"):
         shutil.rmtree(big)
-    return dict(method=method, seed=args.seed, scores=rows, steps=steps, extra_seconds=extra, report=report,
-                **where_from())
+    return dict(method=method, seed=args.seed, scores=rows, steps=steps, seen=seen, **where_from())
 
 def forgetting(rows):
     """The mean over the old tasks of the last distance less the least."""
@@ -118,7 +123,7 @@ def table(results):
         by_task = [spread([r["scores"][-1][i]["fd"] for r in own]) for i in range(len(own[0]["scores"][-1]))]
         mean = spread([statistics.mean(d["fd"] for d in r["scores"][-1]) for r in own])
         right = spread([100 * statistics.mean(d["right"] for d in r["scores"][-1]) for r in own])
-        bits = spread([statistics.mean(task["bits_per_dim"] for task in r["report"].values()) for r in own])
+        bits = spread([statistics.mean(d["bits_per_dim"] for d in r["scores"][-1]) for r in own])
         lines.append([method, *by_task, mean, spread([forgetting(r["scores"]) for r in own]), right, bits])
     heads = [f"task {i + 1}" for i in range(len(lines[0]) - 5)]
     return markdown(["method", *heads, "mean FD", "forgetting", "right class, %", "bits per dimension"], lines)
@@ -128,7 +133,7 @@ def main(argv):
     add = parser.add
     add("data", "data/fashion", "prepared set with classes")
     add("methods", METHODS, "as explained in the file")
-    add("minutes", 0.5, "of training of a task; of the first one four times as many")
+    add("minutes", 1.0, "of training of a task; of the first one four times as many")
     add("seed", 0, "of training and sampling")
     add("num", 200, "samples of each distance", low=2)
     add("out", None, "folder; None = out/continual/DATA")
@@ -139,11 +144,14 @@ def main(argv):
     args.classes = open_folder(args.data)[2]["class_names"]
     check(args.classes and len(args.classes) % 2 == 0, f"{args.data} has no classes in pairs")
     log = args.out / "output.txt"
-    args.tasks = []
+    args.net = classifier.load(args.data)
+    images, labels = open_folder(args.data, "val")[:2]
+    args.tasks, args.references = [], []
     for i in range(0, len(args.classes), 2):
         pair = args.classes[i : i + 2]
         task = subset(args.data, args.out / f"task{i // 2 + 1}", "--classes", ",".join(pair), log=log)
         args.tasks.append(str(task))
+        args.references.append(classifier.features_of(args.net, images[labels // 2 == i // 2]))
     costs_file = args.out / "costs.json"
     costs = json.loads(costs_file.read_text()) if costs_file.exists() else {}
     first = None

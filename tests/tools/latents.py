@@ -11,7 +11,6 @@ import torch
 
 BATCH = 64
 
-
 def encode(vae, folder, latents, labels):
     """Training images of a prepared set -> latents, drawn once, float32 (N, 4, S/8, S/8), and their labels."""
     images = np.load(f"{folder}/train.npy", mmap_mode="r")
@@ -23,7 +22,6 @@ def encode(vae, folder, latents, labels):
     np.save(latents, np.concatenate(parts))
     np.save(labels, np.load(f"{folder}/train_labels.npy"))
 
-
 def decode(vae, latents, out):
     """Latents drawn by sample.py -> images, uint8 (N, S, S, 3)."""
     z = torch.from_numpy(np.load(latents)["arr_0"])
@@ -33,14 +31,12 @@ def decode(vae, latents, out):
         parts.append(pixels.clamp(0, 255).byte().cpu().permute(0, 2, 3, 1).numpy())  # truncated, as MaskDiT does
     np.savez(out, arr_0=np.concatenate(parts))
 
-
 @torch.no_grad()
 def main(command, *paths):
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-ema").eval().cuda()
     {"encode": encode, "decode": decode}[command](vae, *paths)
-
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

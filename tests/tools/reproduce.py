@@ -103,6 +103,8 @@ for _batch, _lr in ((16, "1e-3"), (16, "2e-3"), (16, "4e-3"), (16, "8e-3"), (8, 
 for _mask, _share, _lr in (*product(("crop", "block"), (1 / 2, 2 / 3, 4 / 5), ["2e-3"]), ("crop", 1 / 2, "4e-3"),
                            ("crop", 1 / 2, "8e-3")):
     WAYS[f"stage 1 {_mask}, share {_share:.2f}, rate {_lr}"] = two_stages(stage_1(mask=_mask), _share, whole(lr=_lr))
+for _mask, _ratio, _batch in (("crop", 0.75, 20), ("crop", 0.95, 64), ("block", 0.9, 48), ("patch", 0.9, 48)):
+    WAYS[f"two stages, {_mask} {_ratio}"] = two_stages(stage_1(_ratio, _batch, _mask))
 
 CLAIMS = {  # [(way, units of time)]
     # Rate and batch of a run from scratch; then share and mask of the first stage. On other seeds and images.
@@ -113,6 +115,9 @@ CLAIMS = {  # [(way, units of time)]
     # Does the gain grow with the number of patches? From scratch sees about as many images at each size.
     "patches": [(f"{name}{of}", time * units) for of, time in ((", patches of 4", 1 / 16), ("", 1 / 4), (", patches of 1", 1))
                 for name, units in (("from scratch", 1), ("two stages", 1 / 2), ("two stages", 1 / 4), ("two stages", 1))],
+    # Which patches are hidden, and how many?
+    "masks": [("two stages", 1 / 2)]
+             + [(name, 1 / 2) for name in WAYS if re.match("two stages, (crop|block|patch [0-9.]+$)", name)],
     "transfer": [("eight classes, masked", 1 / 4), ("eight classes, whole", 1 / 4), ("300 images", 3 / 8),
                  ("300 images", 1 / 8), ("300 images after masked", 1 / 8), ("300 images after whole", 1 / 8)],
     "decoder": [(name, 1 / 2) for name in ("from scratch", "plain masking 0.5", "decoder 0.5", "routed 0.5")],
