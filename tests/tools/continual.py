@@ -76,6 +76,8 @@ def seen_in(buffer, checkpoint, log):
         shutil.copytree(buffer, seen)
         for part in ("", "_labels"):
             shutil.copy(seen / f"train{part}.npy", seen / f"val{part}.npy")
+        meta = json.loads((seen / "meta.json").read_text())
+        (seen / "meta.json").write_text(json.dumps(meta | dict(num_val=meta["num_train"])))
     return last_json(call("fid.py", seen, checkpoint, "--metrics=bpd", "--num=128", log=log)[0])[str(seen)]
 
 def learn(method, first, costs, args):
