@@ -32,7 +32,7 @@ METHODS = ("fine-tuning,joint,replay-1-8,replay-0.3-8,replay-0.1-8,replay-1-64,r
            "replay-1-512,replay-0.3-512,replay-0.1-512,generative-1,generative-1+taught,l2-0.01,ewc-1e3")
 FIRST = "first"  # the model of the first task, from which all methods start
 PLAIN = ["--preset=demo", "--class_cond", *whole(patch_size=4)]
-DRAW = ["--sampler=euler", "--steps=12"]
+DRAW = ["--sampler=euler", "--steps=12", "--dtype=bfloat16"]
 
 def flags_of(method, tasks, before, folder, args, log):
     """The flags of train.py for learning tasks[-1] when `before`, a checkpoint, knows the others."""

@@ -152,7 +152,7 @@ def judged(checkpoint, samples, flags, on, args, log):
     """Draw samples -> what the classifier says of them."""
     if on != "data":
         flags = [*flags, "--labels", ",".join(args.classes[8:])]
-    call("sample.py", "--ckpt", checkpoint, f"--num={args.num}", *flags, "--out", samples, log=log)
+    call("sample.py", "--ckpt", checkpoint, f"--num={args.num}", "--dtype=bfloat16", *flags, "--out", samples, log=log)
     if not args.classes:
         return {}
     images, labels = open_folder(args.data, "val")[:2]
