@@ -225,8 +225,7 @@ class DiT(nn.Module):
         freq = 10000.0 ** -(np.arange(num_freq) / num_freq)
         self.register_buffer("freq", torch.from_numpy(freq).float(), persistent=False)
         self.time_embed = nn.Sequential(
-            nn.Linear(2 * num_freq, c.dim),
-            nn.SiLU(),
+            nn.Linear(2 * num_freq, c.dim), nn.SiLU(),
             nn.Linear(c.dim, c.dim))
         # The last row is "no class".
         self.label_embed = nn.Embedding(c.num_classes + 1, c.dim) if c.num_classes else None

@@ -477,7 +477,8 @@ def write_set(folder, source, decoder, val, train):
     for name, reason in decoder.rejected[:20]:
         say(f"  rejected {name}: {reason}")
     num_frames = sum(decoder.extra_frames)
-    say(f"left out: {num_rejected} images that can't be read, {num_frames} later frames")
+    if num_frames:
+        say(f"left out: {num_frames} later frames")
     check(len(train) > num_rejected, f"{num_rejected} images can't be read, as many as can: is "
           "this the right source?")
 

@@ -121,7 +121,7 @@ def parse(argv):
     add("label_dropout", 0.1, "probability of replacing a label by the null class", high=1)
     add("hflip", False, "flip half of the images left-right")
     add("mask_ratio", 0.0, "share of hidden patches; stage 1 hides some", high=1)
-    add("mask_type", "block", "what is hidden; crop = all but one square", choices=MASKS)
+    add("mask_type", "block", "hides patches, blocks of them, or all but one square", choices=MASKS)
     add("block_size", 2, "side of a hidden block in patches", low=1)
     add("loss", "diffusion", "objective", choices=OBJECTIVES)
     add("p_mean", P_MEAN, "mean of ln sigma", low=-math.inf)
@@ -444,7 +444,8 @@ def build(cfg, checkpoint, resumed, device):
     elif checkpoint:
         fresh = load_what_fits(denoiser, checkpoint[sample.WEIGHTS[cfg.init_weights]])
         fresh += names[len(known) : num_classes]
-        print0(f"these start from random weights: {fresh or 'none'}")
+        if fresh:
+            print0(f"these start from random weights: {fresh}")
     ema = deepcopy(denoiser).eval().requires_grad_(False)
     if resumed:
         ema.load_state_dict(checkpoint["ema"])
@@ -582,8 +583,7 @@ def train(cfg, checkpoint, resumed, log):
         restore_optimizers(optimizers, checkpoint["optimizer"])
         step = checkpoint["step"]
     teacher = load_teacher(cfg, config, names, device) if cfg.distill_from else None
-    penalized = cfg.l2 or cfg.ewc
-    penalties = weight_penalties(cfg, config, names, device, autocast) if penalized else {}
+    penalties = weight_penalties(cfg, config, names, device, autocast) if cfg.l2 or cfg.ewc else {}
     stream = Stream(images, len(Images(cfg.data)), cfg, config, device)  # images: new, then old
     num_tokens = config.grid**2 if config.takes_all else stream.num_visible
     local_batch = max(1, cfg.batch_size // WORLD_SIZE)

@@ -616,9 +616,9 @@ def tune(capsys, data, first, *flags):
     out = first.parent / "out"
     capsys.readouterr()
     train.main(flags_for(data, out, "--steps=1", *TUNE, "--lr=0", "--force", f"--init_from={first}", *flags))
-    said = re.search("start from random weights: (.*)", capsys.readouterr().err)[1]
+    said = re.findall("start from random weights: (.*)", capsys.readouterr().err)
     (path,) = out.glob("??.pt")
-    return re.findall(r"[\w.]+", said), load(path)
+    return re.findall(r"[\w.]+", *said or [""]), load(path)
 
 
 def test_a_model_keeps_the_classes_it_knows_by_name(dataset, tmp_path, capsys, monkeypatch):
@@ -656,7 +656,7 @@ def test_tuning_at_another_size_and_with_another_network_names_what_starts_afres
     path = tmp_path / "ft.pt"
     first = load(path)["model"]
     fresh, second = tune(capsys, make_dataset(tmp_path / "big", size=32), path)
-    assert fresh == ["none"] and second["architecture"]["image_size"] == 32 and same(second["model"], first)
+    assert not fresh and second["architecture"]["image_size"] == 32 and same(second["model"], first)
     fresh, _ = tune(capsys, make_dataset(tmp_path / "grey", channels=1), path)
     assert fresh == ["final_linear.bias", "final_linear.weight", "patch_embed.weight"]
     fresh, second = tune(capsys, dataset, path, "--depth=3")
@@ -680,7 +680,7 @@ def test_a_decoder_can_be_dropped_or_added_when_tuning(dataset, tmp_path, capsys
     train.main(flags_for(dataset, tmp_path, *TINY, "--steps=2", *MASKED, "--decoder_depth=1"))
     wide = load(tmp_path / "pt.pt")["model"]
     fresh, plain = tune(capsys, dataset, tmp_path / "pt.pt", "--decoder_depth=0")
-    assert fresh == ["none"] and "net.mask_token" in wide and "net.mask_token" not in plain["model"]
+    assert not fresh and "net.mask_token" in wide and "net.mask_token" not in plain["model"]
     assert all(torch.equal(weight, wide[name]) for name, weight in plain["model"].items())
     (tmp_path / "out/ft.pt").rename(tmp_path / "plain.pt")
     fresh, added = tune(capsys, dataset, tmp_path / "plain.pt", "--decoder_depth=2", *MASKED)
