@@ -13,6 +13,10 @@ import sample
 DECODER = dict(decoder_depth=2, decoder_dim=64, decoder_heads=2)
 
 
+def preset_config(preset, **more):
+    return bench.parse([f"--preset={preset}"], **more)[1]
+
+
 def flops_by_formula(config, k):
     """FLOPs of forward and backward of one image of which k tokens are visible. Products take twice as many backward,
     attention 2.5 times, because its scores are worked out again."""
@@ -37,8 +41,8 @@ def flops_by_formula(config, k):
 @pytest.mark.parametrize("ratio", [0, 0.9])
 @pytest.mark.parametrize("more", [{}, DECODER, dict(route=(1, 4)), dict(route=(0, 6))])
 def test_counted_flops_are_those_of_the_formula(ratio, more):
-    config = bench.preset_config("demo", **more)
-    weights, flops, _ = bench.count_step(config, 3, ratio)
+    config = preset_config("demo", **more)
+    weights, flops, *_ = bench.count(config, 3, ratio)
     assert flops == pytest.approx(3 * flops_by_formula(config, config.grid**2 - int(ratio * config.grid**2)), rel=1e-12)
     assert weights == sum(p.numel() for p in model.Denoiser(config).parameters())
 
@@ -47,8 +51,8 @@ def test_counted_flops_are_those_of_the_formula(ratio, more):
                                             (0.75, dict(route=(1, 2)))])
 def test_a_plan_counts_what_a_real_step_keeps(monkeypatch, ratio, network):
     config = model.ModelConfig(image_size=16, dim=64, depth=2, heads=2, **network)
-    (_, one, kept), *more = (bench.count_step(config, b, ratio, "block", 2) for b in (6, 12, 18))
-    assert [2 * one, 3 * one] == [flops for _, flops, _ in more]
+    (_, one, kept, _), *more = (bench.count(config, b, ratio, "block", 2) for b in (6, 12, 18))
+    assert [2 * one, 3 * one] == [flops for _, flops, *_ in more]
     assert more[1][2] - more[0][2] == more[0][2] - kept
     monkeypatch.setattr(model, "attention", torch.nn.functional.scaled_dot_product_attention)
     denoiser = model.Denoiser(config)
@@ -88,7 +92,7 @@ def test_a_plan_of_whole_images_at_256_px_is_half_attention(capsys):
                                          (["--dtype=float32", "--tf32"], 494e12 * 0.4)])
 def test_a_consistency_plan_has_a_forward_pass_more_and_its_dtype(capsys, flags, peak):
     bench.main(["plan", "--size=32", "--preset=ect-cifar10", "--loss=consistency", "--batch_size=128", *flags])
-    config = bench.preset_config("ect-cifar10", image_size=32)
+    config = preset_config("ect-cifar10", image_size=32)
     flops = 16 * flops_by_formula(config, 256) * 4 / 3
     out = capsys.readouterr().out
     assert printed_times(out)["products and attention"] == pytest.approx(1e3 * flops / peak, abs=0.06)
@@ -100,13 +104,13 @@ def test_a_consistency_plan_has_a_forward_pass_more_and_its_dtype(capsys, flags,
 
 @pytest.mark.parametrize("more, blocks", [({}, 6), (DECODER, 8), (dict(route=(1, 4)), 6)])
 def test_launches_grow_by_a_compiled_block_each(more, blocks):
-    config = bench.preset_config("demo", **more)
+    config = preset_config("demo", **more)
     around = bench.count_launches(config, 0.5) - bench.COMPILED_BLOCK * blocks
-    assert 60 < around < 250 and around == bench.count_launches(bench.preset_config("demo", depth=1), 0.5) - 44
+    assert 60 < around < 250 and around == bench.count_launches(preset_config("demo", depth=1), 0.5) - 44
 
 
 def test_muon_takes_five_iterations_of_three_products():
-    matrices, flops = bench.muon_flops(bench.preset_config("demo"))
+    matrices, flops = bench.muon_flops(preset_config("demo"))
     d = 128
     one = lambda n, m: 5 * (2 * n * n * m + 2 * n**3 + 2 * n * n * m)
     assert (matrices, flops) == (24, 6 * (one(d, 3 * d) + one(d, d) + 2 * one(d, 4 * d)))
@@ -115,14 +119,14 @@ def test_muon_takes_five_iterations_of_three_products():
 @pytest.mark.parametrize("gpus, speed", [(8, 350e9), (16, 50e9)])
 def test_inside_a_node_gradients_travel_fast(capsys, gpus, speed):
     bench.main(["plan", "--preset=dit-b", "--size=32", "--mask_ratio=0.9", f"--gpus={gpus}"])
-    n = sum(p.numel() for p in model.Denoiser(bench.preset_config("dit-b", image_size=32)).parameters())
+    n = sum(p.numel() for p in model.Denoiser(preset_config("dit-b", image_size=32)).parameters())
     expected = 1e3 * 2 * (gpus - 1) / gpus * 4 * n / speed
     assert printed_times(capsys.readouterr().out)["network"] == pytest.approx(expected, abs=0.06)
 
 
 def test_loading_for_a_gpu_draws_no_noise_on_the_cpu(dataset, monkeypatch):
     cfg, _, _ = bench.train.parse(["--device=cpu", "--preset=demo", "--mask_ratio=0.5", "--batch_size=8"])
-    config = bench.preset_config("demo", image_size=16)
+    config = preset_config("demo", image_size=16)
     drawn = []
     randn = torch.randn
     def watched(*shape, **how):
@@ -138,7 +142,7 @@ def test_loading_for_a_gpu_draws_no_noise_on_the_cpu(dataset, monkeypatch):
 def test_a_plan_adds_up(capsys):
     bench.main(["plan", "--size=32", "--preset=dit-s", "--batch_size=64", "--gpus=4", "--memory=1e9"])
     out = capsys.readouterr().out
-    n = sum(p.numel() for p in model.Denoiser(bench.preset_config("dit-s", image_size=32)).parameters())
+    n = sum(p.numel() for p in model.Denoiser(preset_config("dit-s", image_size=32)).parameters())
     assert f"{n / 1e6:.1f} M weights, 16 of 64 images on each of 4 GPUs" in out
     assert f"{2 * 3 / 4 * 4 * n / 1e6:.4g} MB over the network" in out and "does NOT fit in 1 GB" in out
     gb = [float(line.split()[0]) for line in out.splitlines() if " GB " in line]
@@ -185,7 +189,7 @@ def test_another_network_is_timed_in_turns_with_ours(tmp_path):
     stored = json.loads(found.read_text())
     assert stored["command"].startswith("python tests/tools/bench.py steps --against=other.py '--only=batch 8, ")
     (r,) = stored["results"]
-    config = bench.preset_config("maskdm-64", image_size=16, dim=32, depth=1, heads=1)
+    config = preset_config("maskdm-64", image_size=16, dim=32, depth=1, heads=1)
     assert r["ours_m_weights"] == sum(p.numel() for p in model.Denoiser(config).parameters()) / 1e6
     assert r["theirs_m_weights"] == (768 * 1000 + 1000) / 1e6
     assert r["times_faster"] == pytest.approx(r["theirs_ms"] / r["ours_ms"]) and r["ours_gb"] > 0.05

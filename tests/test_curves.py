@@ -41,7 +41,7 @@ def test_a_stage_follows_the_one_that_it_starts_from(tmp_path, monkeypatch):
     second = [dict(start("ft", 0), config=dict(out_dir="out", init_from="./out/pt.pt")), line("ft", 10, 2.0, 3),
               dict(run="ft", step=10, val_loss=1.5)]
     drawn = []
-    monkeypatch.setattr(curves, "draw", lambda path, lines, title: drawn.append({(n, d): p for n, p, d in lines}))
+    monkeypatch.setattr(curves, "draw", lambda path, lines, title, unit: drawn.append({(n, d): p for n, p, d in lines}))
     out = str(write(tmp_path / "out", first + second))
     for x in "seconds", "step":
         curves.main([out, "--x", x])
@@ -68,12 +68,12 @@ def test_ticks_are_round_few_and_within_the_range():
 def test_points_lie_where_their_values_say(tmp_path):
     """Both axes are logarithmic: the geometric mean of the ends lies half-way, and is drawn in its colour."""
     lines = [("a", [(1, 1), (10, 10), (100, 100)], True), ("b", [(1, 100), (100, 100)], False)]
-    curves.draw(tmp_path / "c.png", lines, "title", size=(700, 400))
+    curves.draw(tmp_path / "c.png", lines, "title", "steps", size=(700, 400))
     with Image.open(tmp_path / "c.png") as image:
         image = image.convert("RGB")
     rgb = [tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in curves.COLOURS[:2]]
     places = {c: [(x, y) for x in range(700) for y in range(400) if image.getpixel((x, y)) == c] for c in rgb}
-    middle = ((60 + 680) / 2, (36 + 364) / 2)
+    middle = ((60 + 680) / 2, (36 + 344) / 2)
     assert min(math.dist(p, middle) for p in places[rgb[0]]) < 2
     flat = {y for x, y in places[rgb[1]] if 100 < x < 500}
     assert flat and max(flat) - min(flat) <= 2 and max(flat) < 50  # near the top

@@ -68,9 +68,6 @@ def parse(flags, **more):
     sizes = {name: getattr(cfg, name) for name in train.NETWORK_SETTINGS}
     return cfg, model.ModelConfig(**sizes | more)
 
-def preset_config(preset, **more):
-    return parse([f"--preset={preset}"], **more)[1]
-
 def draw_batch(config, n, ratio, mask_type="patch", block_size=1, device="cpu"):
     """A batch of noise, as a network takes it."""
     batch = dict(sigma=model.sigma_of(torch.randn(n)))
@@ -92,7 +89,7 @@ def our_loss(denoiser, batch):
 
 def make_step(case):
     """-> a function that takes a training step and returns its seconds; the number of weights."""
-    c = preset_config(case["preset"], **case["changes"])
+    _, c = parse([f"--preset={case['preset']}"], **case["changes"])
     batch_size = micro_batch = case["batch"]
     ratio = case["ratio"]
     num_visible = c.grid**2
@@ -152,7 +149,7 @@ def steps(args):
         if args.only in name:
             case = dict(preset=preset, batch=batch, ratio=ratio, changes=dict(image_size=size))
             ((ms, gb, _),) = in_turns([case], args.repeats)
-            _, flops, _ = count_step(preset_config(preset, image_size=size), batch, ratio)
+            _, flops, *_ = count(parse([f"--preset={preset}"], image_size=size)[1], batch, ratio)
             yield name, dict(step_ms=ms, images_per_s=1e3 * batch / ms, mfu=1e3 * flops / ms / peak, peak_gb=gb)
 
 def against(args):
@@ -262,9 +259,6 @@ def count(config, batch_size, *mask):
         kept.pop(p.untyped_storage()._cdata, None)
     return sum(p.numel() for p in denoiser.parameters()), flops.get_total_flops(), sum(kept.values()), launches.count
 
-def count_step(config, batch_size, *mask):
-    return count(config, batch_size, *mask)[:3]
-
 def count_launches(config, *mask):
     """Kernels of a forward and backward pass with compiled blocks: what surrounds the blocks is not compiled."""
     shallow = [replace(config, depth=depth, decoder_depth=0, route=()) for depth in (1, 2)]
@@ -303,9 +297,9 @@ def plan(args, flags):
     local_batch = cfg.batch_size // args.gpus
     micro_batch = cfg.micro_batch or local_batch
     mask = cfg.mask_ratio, cfg.mask_type, cfg.block_size
-    n, flops, _ = count_step(config, local_batch, *mask)
-    _, _, kept = count_step(config, micro_batch, *mask)
-    _, _, kept_by_two = count_step(config, 2 * micro_batch, *mask)
+    n, flops, _, _ = count(config, local_batch, *mask)
+    _, _, kept, _ = count(config, micro_batch, *mask)
+    _, _, kept_by_two, _ = count(config, 2 * micro_batch, *mask)
     launches = count_launches(config, *mask) * local_batch // micro_batch
     if cfg.loss == "consistency":  # another forward pass
         flops = flops * 4 // 3

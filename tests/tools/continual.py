@@ -3,8 +3,8 @@
 python tests/tools/continual.py --data data/fashion
 
 A task is what two classes hold. All methods start from one model of the first task and learn the others in order,
-each for --minutes (planned as in reproduce.py) on one core. After each task classifier.py judges the samples of
-every task so far. Forgetting is the last distance less the least. At the end fid.py tells bits per dimension.
+each for --minutes (planned as in reproduce.py) on one core. After each task classifier.py judges the samples of every
+task so far, and fid.py its losses and bits per dimension. Forgetting is the last distance less the least.
 
 fine-tuning                nothing but the new task
 joint                      --data: all tasks so far
@@ -104,9 +104,8 @@ def learn(method, first, costs, args):
         steps.append(facts["steps"])
         rows.append(judge(checkpoint, args.tasks[: t + 1], here, args, log))
     shutil.copy(checkpoint, folder / "final.pt")
-    seen = None
-    if method.startswith("replay"):
-        seen = seen_in(args.out / f"task1-{method.split('-')[-1]}", checkpoint, log)
+    buffer = args.out / f"task1-{method.split('-')[-1]}"
+    seen = seen_in(buffer, checkpoint, log) if method.startswith("replay") else None
     for big in folder.glob("task*/run"):
         shutil.rmtree(big)
     return dict(method=method, seed=args.seed, scores=rows, steps=steps, seen=seen, **where_from())
@@ -145,14 +144,13 @@ def main(argv):
     args.data = Path(args.data).resolve()
     args.classes = open_folder(args.data)[2]["class_names"]
     check(args.classes and len(args.classes) % 2 == 0, f"{args.data} has no classes in pairs")
-    log = args.out / "output.txt"
     args.net = classifier.load(args.data)
     images, labels = open_folder(args.data, "val")[:2]
     args.tasks, args.references = [], []
     for i in range(0, len(args.classes), 2):
         pair = args.classes[i : i + 2]
-        task = subset(args.data, args.out / f"task{i // 2 + 1}", "--classes", ",".join(pair), log=log)
-        args.tasks.append(str(task))
+        flags = ["--classes", ",".join(pair)]
+        args.tasks.append(str(subset(args.data, args.out / f"task{i // 2 + 1}", *flags, log=args.out / "output.txt")))
         args.references.append(classifier.features_of(args.net, images[labels // 2 == i // 2]))
     costs_file = args.out / "costs.json"
     costs = json.loads(costs_file.read_text()) if costs_file.exists() else {}

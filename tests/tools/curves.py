@@ -50,11 +50,6 @@ def points_of(records, what, x="step"):
             points.append((record["step"] if x == "step" else seconds, record[what]))
     return [(t, value) for t, value in points if t > 0 and value > 0]  # which have logarithms
 
-def previous_seconds(records, ends):
-    """Seconds of training before a run, by the log of the run that it starts from; 0 if that is not among them."""
-    config = records[0].get("config", {})
-    return ends.get(os.path.normpath(config.get("init_from") or "none"), 0.0)
-
 def smoothed(points):
     """Each value the mean of those of the last twentieth of the steps until then."""
     width = max(1, len(points) // 20)
@@ -72,12 +67,12 @@ def ticks(low, high, most=8):
             return inside
     return inside[:: math.ceil(len(inside) / most)]
 
-def draw(path, lines, title, size=(720, 420)):
-    """A PNG of lines [(name, [(x > 0, y > 0)], whether with dots)]; those of one name have one colour."""
+def draw(path, lines, title, unit, size=(720, 440)):
+    """A PNG with `unit` below and `title` above lines [(name, [(x > 0, y > 0)], whether with dots)]; those of one name have one colour."""
     image = Image.new("RGB", size, "white")
     canvas = ImageDraw.Draw(image)
     xs, ys = zip(*(point for _, points, _ in lines for point in points))
-    left, top, right, bottom = 60, 36, size[0] - 20, size[1] - 36
+    left, top, right, bottom = 60, 36, size[0] - 20, size[1] - 56
 
     def scale(values, start, end):
         """A logarithmic axis from start to end, with a margin."""
@@ -96,6 +91,7 @@ def draw(path, lines, title, size=(720, 420)):
         canvas.text((8, y - 6), f"{value:g}", "black")
     canvas.rectangle((left, top, right, bottom), outline="black")
     canvas.text((left, 10), title, "black")
+    canvas.text((right - canvas.textlength(unit), bottom + 28), unit, "black")
     names = list(dict.fromkeys(name for name, _, _ in lines))
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     for name, points, with_dots in lines:
@@ -119,16 +115,18 @@ def main(argv):
     for folder in args.runs:
         for run, records in runs_of(folder).items():
             name = run if len(args.runs) == 1 else f"{folder} {run}"
-            before = previous_seconds(records, ends) if args.x == "seconds" else 0
+            config = records[0].get("config", {})
+            parent = os.path.normpath(config.get("init_from") or "none")
+            before = ends.get(parent, 0) if args.x == "seconds" else 0
             for what, with_dots in (("loss", False), ("val_loss", True)):
                 points = [(before + x, value) for x, value in points_of(records, what, args.x)]
                 lines.append((name, points if with_dots else smoothed(points), with_dots))
-            out_dir = records[0].get("config", {}).get("out_dir", folder)
-            ends[os.path.normpath(f"{out_dir}/{run}.pt")] = max((x for _, points, _ in lines[-2:] for x, _ in points), default=0)
+            path = os.path.normpath(f"{config.get('out_dir', folder)}/{run}.pt")
+            ends[path] = max((x for _, points, _ in lines[-2:] for x, _ in points), default=0)
     lines = [line for line in lines if line[1]]
     check(lines, f"nothing to draw in {', '.join(args.runs)}: the runs have not logged yet")
     path = args.out or f"{args.runs[0]}/curves.png"
-    draw(path, lines, f"loss against {args.x}; dots: validation loss")
+    draw(path, lines, "training loss (lines) and validation loss (dots); pt: stage 1, ft: stage 2", args.x)
     print(f"wrote {path}")
 
 if __name__ == "__main__":

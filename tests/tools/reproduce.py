@@ -265,7 +265,7 @@ def draw_figures(results, args):
             if len(points) > 1:
                 lines.append((way, points, True))
         if lines:
-            curves.draw(args.out / f"{args.claim}-{key}.png", lines, f"{title} against minutes of training, planned")
+            curves.draw(args.out / f"{args.claim}-{key}.png", lines, title, "minutes of training, planned")
     images, labels = open_folder(args.data, "val")[:2]
     _, first = np.unique(labels, return_index=True)  # one of each class
     lines = [("real", images[first])]
