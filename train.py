@@ -54,7 +54,7 @@ DEMO = ("--optimizer=muon --lr=2e-3 --beta1=0.9 --lr_schedule=cosine --warmup=10
         "--eval_every=1150 --save_every=500 ")
 RECIPES = dict(pt="--batch_size=256", ft="--sample_every=5000", cm=ECT)
 PRESETS = {
-    "demo": dict(  # two CPU cores, five minutes for both stages
+    "demo": dict(  # two CPU cores, five minutes of training
         network="--dim=128 --depth=6 --heads=4 --patch_size=4",
         pt=DEMO + "--batch_size=48 --steps=2300 --mask_type=crop --lr=4e-3 --lr_schedule=constant",
         ft=DEMO + "--batch_size=4 --steps=3400 --sample_every=1700",
