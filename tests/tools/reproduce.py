@@ -160,8 +160,7 @@ def judged(checkpoint, samples, flags, on, args, log):
         images, labels = images[labels >= 8], labels[labels >= 8]
     net = classifier.load(args.data)
     drawn = np.load(samples)
-    _, asked = np.unique(drawn["arr_1"], return_inverse=True)
-    asked = asked if on == "data" else asked + 8
+    asked = np.unique(drawn["arr_1"], return_inverse=True)[1] + (0 if on == "data" else 8)
     return classifier.scores(net, classifier.features_of(net, images), drawn["arr_0"], asked)
 
 def run(name, units, seed, args, costs):
@@ -269,10 +268,11 @@ def draw_figures(results, args):
     images, labels = open_folder(args.data, "val")[:2]
     _, first = np.unique(labels, return_index=True)  # one of each class
     lines = [("real", images[first])]
-    for r in results:
-        path = folder_of(r["way"], r["minutes"] / args.each, 0, args) / "samples0.npz"
-        if r["seed"] == 0 and path.exists():
-            lines.append((f"{r['way']}, {r['minutes']:g} min", np.load(path)["arr_0"][:10]))
+    for r in (r for r in results if r["seed"] == 0):
+        folder = folder_of(r["way"], r["minutes"] / args.each, 0, args)
+        for i, drawn in enumerate(r["drawn"]):
+            flags = drawn["flags"].replace("--", "") if len(r["drawn"]) > 1 else ""
+            lines.append((f"{r['way']}, {r['minutes']:g} min {flags}", np.load(folder / f"samples{i}.npz")["arr_0"][:10]))
     picture(args.out / f"{args.claim}-samples.png", lines)
 
 def main(argv):
