@@ -79,8 +79,8 @@ def unpatchify(tokens, patch_size):
     x = x.permute(0, 1, 3, 2, 4, 5)  # (B, H/p, p, W/p, p, C)
     return x.reshape(b, side, side, -1)
 
-# A mask (grid, mask_ratio, block_size) -> K and draw. draw(batch, generator, rows) draws for all
-# the batch and returns the visible patches of its slice `rows`: int64 (rows, K), ascending.
+# A mask (grid, mask_ratio, block_size) -> K and draw. draw(batch, generator, part) draws for the
+# whole batch -> the visible patches of its slice `part`: int64 (b, K), ascending.
 def block_mask(grid, mask_ratio, block_size):
     """Hide int(ratio*N) // b^2 blocks of b x b patches on their grid (MaskDM sec. 3.2)."""
     b = block_size
@@ -89,11 +89,11 @@ def block_mask(grid, mask_ratio, block_size):
     g = grid // b  # blocks per side
     num_shown = g**2 - int(mask_ratio * grid**2) // b**2
 
-    def draw(batch, generator, rows):
+    def draw(batch, generator, part):
         # The largest of g*g uniform numbers are a uniform draw without replacement.
-        uniform = torch.rand(batch, g * g, generator=generator)[rows]
+        uniform = torch.rand(batch, g * g, generator=generator)[part]
         blocks = uniform.topk(num_shown, dim=1).indices
-        blocks = blocks[:, :, None, None]
+        blocks = blocks[:, :, None, None]  # (b, blocks, 1, 1)
         inside = torch.arange(b)
         row = blocks // g * b + inside[:, None]
         col = blocks % g * b + inside
@@ -109,9 +109,9 @@ def crop_mask(grid, mask_ratio, block_size):
     num_visible = grid**2 - int(mask_ratio * grid**2)
     side = round(math.sqrt(num_visible))
 
-    def draw(batch, generator, rows):
+    def draw(batch, generator, part):
         corner = torch.randint(grid - side + 1, (2, batch, 1, 1), generator=generator)
-        corner = corner[:, rows]
+        corner = corner[:, part]  # (2, b, 1, 1)
         inside = torch.arange(side)
         row = corner[0] + inside[:, None]
         col = corner[1] + inside

@@ -509,7 +509,7 @@ def class_order(source, train):
     if source.class_names:
         names = [name for name in source.class_names if name in members]
     for name in names:
-        say(f"  class {name}: {len(members[name])} images, like {members[name][0]}")
+        say(f"  class {name}: {len(members[name])} images, e.g. {members[name][0]}")
     if len(names) > 1000 or 0 < len(names) == len(train):
         say(f"{len(names)} classes of {len(train)} images: is this right?")
     return names

@@ -83,13 +83,23 @@ def test_figures_within_the_text_are_those_of_the_results():
     less = [1 - mean_of(speedup["results"], "fd", way="two stages", minutes=t)
             / mean_of(speedup["results"], "fd", way="from scratch", minutes=t) for t in (2, 4, 8)]
     cells = reproduce.records(speedup["results"]).splitlines()[-1].split(" | ")
-    sooner = cells[4].split(", ")
-    by_seed = [1 - mean_of(speedup["results"], "fd", way="two stages", minutes=t, seed=seed)
-               / mean_of(speedup["results"], "fd", way="from scratch", minutes=t, seed=seed) for t in (2, 4, 8) for seed in (0, 1, 2)]
+    by_seed = {(t, seed): 100 * (1 - mean_of(speedup["results"], "fd", way="two stages", minutes=t, seed=seed)
+                                 / mean_of(speedup["results"], "fd", way="from scratch", minutes=t, seed=seed))
+               for t in (2, 4, 8) for seed in (0, 1, 2)}
     assert "{:.0f}, {:.0f} and {:.0f} % lower".format(*(100 * x for x in less)) in text
-    for page in (text, readme):
-        assert f"{100 * min(by_seed):.0f} to {100 * max(by_seed):.0f} %" in page
-        assert f"{min(sooner)} to {max(sooner)} times" in page
+    assert f"by {min(by_seed.values()):.0f} to {max(by_seed.values()):.0f} %" in text
+    last = [x for (t, _), x in by_seed.items() if t == 8]
+    assert f"{100 * less[-1]:.0f} % lower after 8 minutes ({min(last):.0f} to {max(last):.0f} % by seed)" in readme
+    assert "after {}, {} and {} minutes".format(*cells[3].split(", ")) in text
+    sooner = cells[4].split(", ")
+    assert all(f"{min(sooner)} to {max(sooner)} times sooner" in page for page in (text, readme))
+    seen = [round(stage["images_per_s"] * stage["seconds"]) for way, t in
+            (("from scratch, patches of 4", 0.5), ("from scratch", 2), ("from scratch, patches of 1", 8))
+            for r in stored("patches.json")["results"] if (r["way"], r["minutes"], r["seed"]) == (way, t, 0) for stage in r["stages"]]
+    levels = [[statistics.mean(bin) for bin in zip(*(r["loss_by_level"] for r in stored("levels.json")["results"]
+                                                     if r["way"] == way))] for way in ("from scratch", "two stages")]
+    assert f"differ by at most {100 * max(abs(b / a - 1) for a, b in zip(*levels)):.1f} % (`levels.json`)" in text
+    assert "sees {:,}, {:,} and {:,} images".format(*seen) in text
     more = {"val_loss": [], "fd": []}  # per cent above training from scratch, in half of the time
     for of, minutes in ((", patches of 4", 0.5), ("", 2), (", patches of 1", 8)):
         for key, values in more.items():

@@ -108,7 +108,7 @@ def learn(method, first, costs, args):
     seen = seen_in(buffer, checkpoint, log) if method.startswith("replay") else None
     for big in folder.glob("task*/run"):
         shutil.rmtree(big)
-    return dict(method=method, seed=args.seed, scores=rows, steps=steps, seen=seen, **where_from())
+    return dict(method=method, seed=args.seed, scores=rows, steps=steps, seen=seen, **args.about)
 
 def forgetting(rows):
     """The mean over the old tasks of the last distance less the least."""
@@ -142,7 +142,7 @@ def main(argv):
     args.out = Path(args.out or f"out/continual/{Path(args.data).name}").resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     args.data = Path(args.data).resolve()
-    args.classes = open_folder(args.data)[2]["class_names"]
+    args.classes, args.about = open_folder(args.data)[2]["class_names"], where_from()
     check(args.classes and len(args.classes) % 2 == 0, f"{args.data} has no classes in pairs")
     args.net = classifier.load(args.data)
     images, labels = open_folder(args.data, "val")[:2]

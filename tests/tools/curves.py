@@ -126,7 +126,7 @@ def main(argv):
     lines = [line for line in lines if line[1]]
     check(lines, f"nothing to draw in {', '.join(args.runs)}: the runs have not logged yet")
     path = args.out or f"{args.runs[0]}/curves.png"
-    draw(path, lines, "training loss (lines) and validation loss (dots); pt: stage 1, ft: stage 2", args.x)
+    draw(path, lines, "loss in training (lines) and validation (dots), logarithmic; pt: stage 1, ft: stage 2", args.x)
     print(f"wrote {path}")
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ CLAIMS = {  # [(way, units of time)]
     # How much sooner is equal quality there? Each time has a schedule of its own.
     "speedup": [(name, units) for units in (1 / 4, 1 / 2, 1) for name in ("from scratch", "two stages")]
                + [("growing crops", 1 / 4), ("growing crops", 1 / 2), ("coarse patches first", 1 / 2)],
-    # Does the gain grow with the number of patches? From scratch sees about as many images at each size.
+    # Does the gain grow with the number of patches? More patches get more time.
     "patches": [(f"{name}{of}", time * units) for of, time in ((", patches of 4", 1 / 16), ("", 1 / 4), (", patches of 1", 1))
                 for name, units in (("from scratch", 1), ("two stages", 1 / 2), ("two stages", 1 / 4), ("two stages", 1))],
     # Which patches are hidden, and how many?
@@ -191,8 +191,7 @@ def run(name, units, seed, args, costs):
     val_loss = None
     if stages and "--loss=consistency" not in flags:  # whose validation loss is another thing
         val_loss = stages[-1]["val_loss"]
-    return dict(way=name, minutes=args.each * units, seed=seed, stages=stages, drawn=drawn, val_loss=val_loss,
-                **where_from())
+    return dict(way=name, minutes=args.each * units, seed=seed, stages=stages, drawn=drawn, val_loss=val_loss, **args.about)
 
 # ---- Reports.
 def table(results, only=""):
@@ -249,7 +248,7 @@ def records(results):
             signs = ["≤ " if curve[0][1] <= value else "" for curve in curves_of_seeds]
             cells.append(", ".join(f"{sign}{t:.1f}" if t else f"> {curve[-1][0]:g}"
                                    for sign, t, curve in zip(signs, times, curves_of_seeds)))
-            cells.append(", ".join(f"{'≥ ' * bool(sign)}{longest / t:.1f}" if t else "" for sign, t in zip(signs, times)))
+            cells.append(", ".join(f"{'≥ ' * bool(sign)}{longest / t:.1f}" if t else "-" for sign, t in zip(signs, times)))
         lines.append([way, *cells, ", ".join(map(str, seeds))])
     names = dict(val_loss="loss", fd="FD")
     heads = [head for key, goal in goals.items() for head in (f"minutes to {names[key]} {goal:.4g}", "times faster")]
@@ -290,6 +289,7 @@ def main(argv):
     args.out.mkdir(parents=True, exist_ok=True)
     args.data = Path(args.data).resolve()
     args.classes = open_folder(args.data)[2]["class_names"]
+    args.about = where_from()  # now: the code may change while this runs
     rows = [(name, units) for name, units in CLAIMS[args.claim] if re.search(args.only, name)]
     costs_file = args.out / "costs.json"  # seconds of a step by the flags
     costs = json.loads(costs_file.read_text()) if costs_file.exists() else {}
