@@ -274,7 +274,7 @@ def image_source(path, args, temp_dir):
         for _, image in decoder.iter_images(found, evenly):
             yield image
         rejected = decoder.rejected
-        check(not rejected, f"{path}: cannot read {rejected[:9]}: mend or remove it")
+        check(not rejected, f"{path}: cannot read {rejected[:9]}: repair or remove it")
     return Source(path, dict(kind="images"), num, images)
 
 # ---- One pass over the images. For the Frechet distance alone, memory does not grow with them.
@@ -412,7 +412,7 @@ def bits_per_dim(folder, denoiser, class_names, args):
     known = not class_names or images.meta["class_names"] == class_names
     check(form == expected and known, f"{folder} holds {form}, but the model needs {expected} and "
           f"no classes but {class_names}")
-    check(len(images), f"{folder} holds no image out: prepare it with a --val_frac")
+    check(len(images), f"{folder} has no held-out images: prepare it with --val_frac")
     generator = sample.seeded(args.seed, 7)
     num = min(len(images), args.num or 512)
     results = []

@@ -479,7 +479,7 @@ def write_set(folder, source, decoder, val, train):
     num_frames = sum(decoder.extra_frames)
     if num_frames:
         say(f"left out: {num_frames} later frames")
-    check(len(train) > num_rejected, f"{num_rejected} images can't be read, as many as can: is "
+    check(len(train) > num_rejected, f"{num_rejected} images can't be read, too many: is "
           "this the right source?")
 
     class_names = class_order(source, train)

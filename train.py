@@ -108,7 +108,7 @@ def parse(argv):
     Each set_defaults overrides those before; --help prints what the command would use."""
     parser = Parser(__doc__)
     add = parser.add
-    add("data", "data/faces", "prepared set, or several with commas for their union")
+    add("data", "data/faces", "prepared set, or several separated by commas")
     add("out_dir", "out", "folder for checkpoints, samples and log.jsonl")
     add("init_from", None, "start from the weights of this checkpoint")
     add("init_weights", "raw", "which of its weights", choices=sample.WEIGHTS)
@@ -118,10 +118,10 @@ def parse(argv):
     for f in NETWORK_SETTINGS.values():
         add(f.name, f.default, **f.metadata)
     add("class_cond", False, "condition on the labels of the data set")
-    add("label_dropout", 0.1, "probability of replacing a label by the null class", high=1)
-    add("hflip", False, "flip half of the images left-right")
+    add("label_dropout", 0.1, "probability of replacing a label with the null class", high=1)
+    add("hflip", False, "flip half of the images horizontally")
     add("mask_ratio", 0.0, "share of hidden patches; stage 1 hides some", high=1)
-    add("mask_type", "block", "hides patches, blocks of them, or all but one square", choices=MASKS)
+    add("mask_type", "block", "what to hide: patches, blocks, or all but one square", choices=MASKS)
     add("block_size", 2, "side of a hidden block in patches", low=1)
     add("loss", "diffusion", "objective", choices=OBJECTIVES)
     add("p_mean", P_MEAN, "mean of ln sigma", low=-math.inf)
@@ -142,7 +142,7 @@ def parse(argv):
     add("ewc_data", None, "sets to estimate it on; None = those of init_from")
     # Optimization.
     add("batch_size", 128, "images per step over all processes", low=1)
-    add("micro_batch", 0, "images per forward pass; 0 = all, on a CPU as fits its caches")
+    add("micro_batch", 0, "images per forward pass; 0 = all, on a CPU what fits its caches")
     add("steps", 200_000, "optimizer steps of the whole run", low=1)
     add("optimizer", "adamw", "muon trains the matrices, AdamW the rest", choices=OPTIMIZERS)
     add("lr", 2e-4, "learning rate")
