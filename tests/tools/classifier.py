@@ -101,11 +101,6 @@ def nearest(images, training):
     known = torch.from_numpy(np.array(training)).flatten(1).float()
     return training[[(known - torch.from_numpy(x).flatten()).square().sum(1).argmin().item() for x in images]]
 
-def table(results):
-    lines = [[r["images"], str(r["num"]), f"{r['fd']:.3g}", f"{r['kid']:.3g}", f"{100 * r['right']:.1f} %"]
-             for r in results]
-    return markdown(["images", "number", "classifier FD", "KID", "of the right class"], lines)
-
 def main(argv):
     parser = Parser(__doc__)
     parser.add_argument("data", help="prepared set with classes")
@@ -126,7 +121,8 @@ def main(argv):
     some = np.sort(np.random.default_rng(0).permutation(len(images))[:results[0]["num"] if results else 2000])
     results.append(dict(images="training images", **scores(net, reference, images[some], labels[some])))
     results.append(dict(images="held-out images", **scores(net, reference, *open_folder(args.data, "val")[:2])))
-    print(table(results))
+    rows = [[r["images"], str(r["num"]), f"{r['fd']:.3g}", f"{r['kid']:.3g}", f"{100 * r['right']:.1f} %"] for r in results]
+    print(markdown(["images", "number", "classifier FD", "KID", "of the right class"], rows))
     if args.nearest:
         picture(args.nearest, lines)
 

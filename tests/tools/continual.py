@@ -20,7 +20,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from common import call, last_json, markdown, measure_costs, spread, subset, train_for, typed, where_from
+from common import call, last_json, markdown, measure_costs, picture, spread, subset, train_for, typed, where_from
 
 import numpy as np
 
@@ -96,9 +96,8 @@ def learn(method, first, costs, args):
         if checkpoint:
             flags.append(f"--init_from={checkpoint}")
         kind = "taught" if "+taught" in method else method.split("-")[0]
-        if kind not in costs:
-            own = {"plain": [*PLAIN, f"--data={args.tasks[0]}"], kind: flags}
-            measure_costs(own, costs, args.out / f"trial{args.seed}", log, rounds=2)
+        own = {"plain": [*PLAIN, f"--data={args.tasks[0]}"], kind: flags}
+        measure_costs(own, costs, args.out / f"trial{args.seed}", log, rounds=2)
         minutes = args.minutes if first else 4 * args.minutes
         checkpoint, facts = train_for(60 * minutes, costs[kind], here / "run", flags, log)
         steps.append(facts["steps"])
@@ -169,6 +168,11 @@ def main(argv):
     about = dict(command=typed(__file__, argv), minutes=args.minutes, num=args.num, results=results)
     (args.out / "continual.json").write_text(json.dumps(about, indent=1))
     print(table(results))
+    lines = [("real", images[np.unique(labels, return_index=True)[1]])]
+    for r in (r for r in results if r["method"] != FIRST and r["seed"] == args.seed):
+        samples = args.out / f"{r['method']}-{r['seed']}" / f"task{len(args.tasks) - 1}" / "samples.npz"
+        lines.append((r["method"], np.load(samples)["arr_0"][: len(args.classes)]))
+    picture(args.out / "continual-samples.png", lines)
 
 if __name__ == "__main__":
     run_script(main)
