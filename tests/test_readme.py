@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import bench
+import continual
 import reproduce
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,12 +19,13 @@ NAMES = ("README.md", "assets/results/README.md", "assets/results/papers.md", "a
          "assets/results/steps.md")
 PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 SCRIPTS = ("model.py", "train.py", "sample.py", "fid.py", "prepare_data.py")
-DESCRIBING = ("| question |", "| file |", "| to change |", "| paper,", "| run on 8 H100", "| measured earlier")  # tested below
+DESCRIBING = ("| question |", "| file |", "| to change |", "| paper,", "| run on 8 H100")  # tested below
 TABLE = re.compile(r"(?:<!-- (assets/results/\S+\.json)(?: (\w+))?(?: (\S.*))? -->\n)?((?:^\|.*\n)+)", re.MULTILINE)
 MEASURED = [m.groups() for page in PAGES.values() for m in TABLE.finditer(page) if not m[4].startswith(DESCRIBING)]
 MAKERS = {
     "table": lambda r, *only: reproduce.table(r["results"], *only),
     "records": lambda r: reproduce.records(r["results"]),
+    "continual": lambda r, some: continual.table([x for x in r["results"] if re.fullmatch(some, x["method"])]),
     "speed": lambda r: bench.summary(r["results"]),
     "against": lambda r: bench.against_table(r["results"]),
 }
@@ -100,25 +102,25 @@ def test_figures_within_the_text_are_those_of_the_results():
                                                      if r["way"] == way))] for way in ("from scratch", "two stages")]
     assert f"differ by at most {100 * max(abs(b / a - 1) for a, b in zip(*levels)):.1f} % (`levels.json`)" in text
     assert "sees {:,}, {:,} and {:,} images".format(*seen) in text
-    more = {"val_loss": [], "fd": []}  # per cent above training from scratch, in half of the time
-    for of, minutes in ((", patches of 4", 0.5), ("", 2), (", patches of 1", 8)):
-        for key, values in more.items():
+    def less_by_patches(key, share):
+        """Per cent below training from scratch, in a share of its time."""
+        found = []
+        for of, minutes in ((", patches of 4", 0.5), ("", 2), (", patches of 1", 8)):
             slow, fast = (mean_of(stored("patches.json")["results"], key, way=f"{way}{of}", minutes=t)
-                          for way, t in (("from scratch", minutes), ("two stages", minutes / 2)))
-            values.append(round(100 * (fast / slow - 1)))
-    for (few, some, many), words in zip(more.values(), ("% above that of", "%.")):
-        assert f"{few}, {some} and {many} {words}" in text
-    dropped = {(r["dropout"], r["weights"], r["steps"], r["seed"]): f"{r['random_fd']:.2f}"
-               for r in stored("dropout.json")["results"]}
-    for steps in (1, 2):
-        with_it, without = (" and ".join(dropped[p, "raw", steps, seed] for seed in (0, 1)) for p in (0.2, 0))
-        assert f"{with_it} against {without} in" in text
+                          for way, t in (("from scratch", minutes), ("two stages", minutes * share)))
+            found.append(100 * (1 - fast / slow))
+        return found
+
+    assert "{:.1f}, {:.1f} and {:.1f} % below".format(*less_by_patches("val_loss", 1)) in text
+    assert "the classifier FD {:.0f}, {:.0f} and {:.0f} %.".format(*less_by_patches("fd", 1)) in text
+    assert "then {:.0f}, {:.0f} and {:.0f} % above".format(*(-x for x in less_by_patches("val_loss", 1 / 2))) in text
+    assert "and the FD {:.0f}, {:.0f} and {:.0f} % (".format(*(-x for x in less_by_patches("fd", 1 / 2))) in text
 
 
-def test_what_was_measured_earlier_is_in_its_files():
-    rows = [line.strip("| ").split(" | ") for line in PAGES["assets/results/README.md"].splitlines() if line.endswith(".json` |")]
-    told = {file.strip("`"): figures for _, figures, file in rows}
-    for name in ("recipe.json", "speedup-faces-1024.json"):
+def test_speed_ups_on_faces_are_those_of_their_files():
+    text = " ".join(PAGES["assets/results/README.md"].split())
+    for name, words in (("recipe.json", "{} and {} times sooner with 256 patches"),
+                        ("speedup-faces-1024.json", "{} and {} times sooner with 1024")):
         ratios = []
         for seed in (0, 1):
             curves = []
@@ -127,23 +129,37 @@ def test_what_was_measured_earlier_is_in_its_files():
                 points = [point for stage in r["stages"] for point in stage.get("curve", ())]
                 curves.append([*points, [sum(stage["seconds"] for stage in r["stages"]), r["val_loss"]]])
             worse = max(curve[-1][1] for curve in curves)
-            ratios.append(reproduce.reached(curves[0], worse) / reproduce.reached(curves[1], worse))
-        assert told[name] == ", ".join(f"{ratio:.1f}" for ratio in ratios)
+            ratios.append(f"{reproduce.reached(curves[0], worse) / reproduce.reached(curves[1], worse):.1f}")
+        assert words.format(*ratios) in text
 
-    def distances(name, *rows):
-        found = stored(name)["results"]
-        return ", ".join(f"{statistics.mean(r['drawn'][i]['judge_fd'] for r in found if r['row'] == row):.1f}" for row, i in rows)
 
-    assert told["transfer.json"] == distances("transfer.json", ("10 % of the images", 0), ("10 % of the images, pre-trained", 0))
-    ways = ("from scratch", "MaskDM 0.5", "routed 0.5", "MaskDiT 0.5")
-    assert told["decoder.json"] == distances("decoder.json", *((way, 0) for way in ways))
-    if "consistency.json" in told:
-        assert told["consistency.json"] == distances("consistency.json", ("diffusion", 0), ("ECT", 1), ("SCT", 1))
-    forgotten = []
-    for method in ("fine-tuning", "replay-1-64", "replay-0.1-64"):
-        own = [r["matrix"] for r in stored("continual.json")["results"] if r["method"] == method]
-        forgotten.append(statistics.mean(matrix[-1][0] - min(row[0] for row in matrix) for matrix in own))
-    assert told["continual.json"] == ", ".join(f"{value:.1f}" for value in forgotten)
+def test_what_is_said_of_few_steps_is_in_its_file():
+    text = " ".join(PAGES["assets/results/README.md"].split())
+    found = {(r["way"], r["seed"], i): f"{drawn['fd']:.1f}" for r in stored("consistency.json")["results"]
+             for i, drawn in enumerate(r["drawn"])}
+    one, two = ([found[way, 0, i] for way in ("ECT", "SCT", "ECT, no dropout", "SCT, no dropout")] for i in (0, 1))
+    assert f"(FD {two[0]} and {two[1]} against {found['two stages, drawn in 35', 0, 0]}), in one step" in text
+    assert f"in one step to {one[0]} and {one[1]}." in text
+    assert f"has {found['trained on', 0, 0]} in 35 evaluations" in text
+    assert f"ECT has {one[2]} and {two[2]}, SCT {one[3]} and {two[3]}" in text
+
+
+def test_what_is_said_of_forgetting_is_in_its_file():
+    text = " ".join(PAGES["assets/results/README.md"].split())
+    last = {r["method"]: r for r in stored("continual.json")["results"]}
+
+    def mean(method, key="fd"):
+        return statistics.mean(d[key] for d in last[method]["scores"][-1])
+
+    assert f"(mean FD {mean('fine-tuning'):.0f}, joint training {mean('joint'):.0f})" in text
+    assert f"({mean('replay-1-8'):.0f} and {mean('replay-1-64'):.0f})" in text
+    assert f"({mean('replay-0.1-8'):.0f} and {mean('replay-0.1-64'):.0f})" in text
+    assert f"({mean('generative-1'):.0f} without, {mean('generative-1+taught'):.0f} with)" in text
+    assert f"fine-tuning ({mean('fine-tuning', 'bits_per_dim'):.2f})" in text
+    assert f"8 images ({mean('replay-1-8', 'bits_per_dim'):.2f})" in text
+    for size, words in ((8, "{:.2f} bits, other images of the task {:.2f}"), (64, "64 images {:.2f} and {:.2f}")):
+        r = last[f"replay-1-{size}"]
+        assert words.format(r["seen"]["bits_per_dim"], r["scores"][-1][0]["bits_per_dim"]) in text
 
 
 def test_links_and_files_of_the_pages_exist():
