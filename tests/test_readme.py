@@ -133,6 +133,13 @@ def test_speed_ups_on_faces_are_those_of_their_files():
         assert words.format(*ratios) in text
 
 
+def test_other_classifiers_agree_that_two_stages_are_nearer():
+    assert "all nine comparisons have the same sign (`classifiers.json`)" in " ".join(PAGES["assets/results/README.md"].split())
+    found = {(r["way"], r["minutes"], r["seed"], r["classifier"]): r["fd"] for r in stored("classifiers.json")["results"]}
+    scratch = {about[1:]: fd for about, fd in found.items() if about[0] == "from scratch"}
+    assert len(scratch) == 2 * 9 and all(found["two stages", *about] < fd for about, fd in scratch.items())
+
+
 def test_what_is_said_of_few_steps_is_in_its_file():
     text = " ".join(PAGES["assets/results/README.md"].split())
     found = {(r["way"], r["seed"], i): f"{drawn['fd']:.1f}" for r in stored("consistency.json")["results"]
@@ -152,8 +159,9 @@ def test_what_is_said_of_forgetting_is_in_its_file():
         return statistics.mean(d[key] for d in last[method]["scores"][-1])
 
     assert f"(mean FD {mean('fine-tuning'):.0f}, joint training {mean('joint'):.0f})" in text
-    assert f"({mean('replay-1-8'):.0f} and {mean('replay-1-64'):.0f})" in text
-    assert f"({mean('replay-0.1-8'):.0f} and {mean('replay-0.1-64'):.0f})" in text
+    for coef in (1, 0.1):
+        assert "({:.0f}, {:.0f} and {:.0f})".format(*(mean(f"replay-{coef}-{size}") for size in (8, 64, 512))) in text
+    assert f"(L2 {mean('l2-0.01'):.0f}, EWC {mean('ewc-1e3'):.0f})" in text
     assert f"({mean('generative-1'):.0f} without, {mean('generative-1+taught'):.0f} with)" in text
     assert f"fine-tuning ({mean('fine-tuning', 'bits_per_dim'):.2f})" in text
     assert f"8 images ({mean('replay-1-8', 'bits_per_dim'):.2f})" in text
