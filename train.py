@@ -10,6 +10,7 @@ All stages are one loop. Every draw of step n but dropout's is made for the glob
 generator of (seed, purpose, n): resuming is exact, more processes change rounding and dropout.
 """
 
+import gc
 import importlib.util
 import json
 import math
@@ -32,6 +33,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle OpenMP threads give up 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group, or its default arguments keep that alive
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import sample
@@ -327,9 +329,7 @@ def learning_rate(cfg, step, peak):
 def configure_optimizers(denoiser, cfg):
     """A list of optimizers, each built from (name, parameter) pairs."""
     named = list(denoiser.named_parameters())
-    blocks = []
-    if cfg.optimizer == "muon":
-        blocks = blocks_of(denoiser)
+    blocks = blocks_of(denoiser) if cfg.optimizer == "muon" else []
     matrices = {p for block in blocks for p in block.matrices()}
     others = [(name, p) for name, p in named if p not in matrices]
     settings = dict(lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -407,13 +407,10 @@ def restore_optimizers(optimizers, stored):
     for optimizer, current, saved in zip(optimizers, states, stored):
         optimizer.load_state_dict(current | dict(state=deepcopy(saved["state"])))
 
-def save_on_rank0(path, checkpoint):
-    if RANK == 0:
-        save_checkpoint(path, checkpoint)
-
 def leave():
     """Let go of the other processes. Nothing may hold on to the process group by now."""
     if WORLD_SIZE > 1:
+        gc.collect()  # DDP refers to itself: its group, alive at exit, may abort the process
         dist.barrier()
         dist.destroy_process_group()
 
@@ -598,7 +595,9 @@ def train(cfg, checkpoint, resumed, log):
         settings = {name: v for name, v in vars(cfg).items() if name not in NOT_STORED}
         about = dict(step=step, config=settings, architecture=asdict(config),
                      class_names=names or None, noise=NOISE, network=NETWORK)
-        save_on_rank0(path, gather_state(denoiser, ema, optimizers) | about)
+        state = gather_state(denoiser, ema, optimizers)
+        if RANK == 0:
+            save_checkpoint(path, state | about)
     parameters = list(denoiser.parameters())
     received = []  # signals to stop, after the step that is running
     on_stop_signals(lambda number, frame: received.append(number))

@@ -74,14 +74,17 @@ def run(script, *args, processes=1, timeout=240, **environment):
 
 
 def run_two(tmp_path, module, *args):
-    """Run a script's main in two processes; it fails if one is left with a process group.
+    """Run a script's main in two processes; it fails if one is left with a process group or its threads.
 
     The threads of an open group sometimes abort a process at its end, and torchrun then ends all.
     """
-    (tmp_path / "two.py").write_text(f"import sys, {module}, torch.distributed as dist\n"
+    (tmp_path / "two.py").write_text(f"import glob, sys, {module}, torch.distributed as dist\n"
                                      f"{module}.main(sys.argv[1:])\n"
-                                     "sys.exit('open group' if dist.is_initialized() else 0)\n")
-    return run(tmp_path / "two.py", *args, processes=2, PYTHONPATH=str(ROOT))
+                                     "threads = [open(path).read() for path in glob.glob('/proc/self/task/*/comm')]\n"
+                                     "group = dist.is_initialized() or 'gloo' in ''.join(threads)\n"
+                                     "sys.exit(f'open group: {threads}' if group else 0)\n")
+    result = run(tmp_path / "two.py", *args, processes=2, PYTHONPATH=str(ROOT))
+    assert result.returncode == 0, result.stderr
 
 
 def mistake(call, *args):
