@@ -94,14 +94,14 @@ def test_costs_are_the_least_of_runs_that_take_turns(tmp_path, monkeypatch):
 
     monkeypatch.setattr(common, "call", call)
     commands = {name: [f"--data={name}"] for name in paces}
-    costs = {}
-    common.measure_costs(commands, costs, tmp_path / "trial", tmp_path / "log")
+    costs = common.measure_costs(commands, tmp_path)
     assert costs == {name: pytest.approx(pace) for name, pace in paces.items()} and turns == list(paces) * 3
-    common.measure_costs(commands, costs, tmp_path / "trial", tmp_path / "log")
+    assert common.measure_costs(commands, tmp_path) == costs
     assert len(turns) == 6  # all are known
     # Another day the machine is half as fast: what is new is planned for the machine of the first day.
-    costs, paces = {"few": costs["few"]}, {name: 2 * pace for name, pace in paces.items()}
-    common.measure_costs(commands, costs, tmp_path / "trial", tmp_path / "log", rounds=1)
+    (tmp_path / "costs.json").write_text(json.dumps({"few": costs["few"]}))
+    paces = {name: 2 * pace for name, pace in paces.items()}
+    costs = common.measure_costs(commands, tmp_path, rounds=1)
     assert costs == dict(few=pytest.approx(0.25), many=pytest.approx(0.5))
 
 

@@ -71,24 +71,23 @@ def step_seconds(flags, folder, log):
     shutil.rmtree(folder)
     return min(later - earlier for earlier, later in pairwise(times)) / 4
 
-def measure_costs(commands, costs, folder, log, rounds=3):
-    """Add the seconds of a step of each command, {name: flags of train.py}, to `costs`, {name: seconds}.
+def measure_costs(commands, folder, rounds=3):
+    """Seconds of a step of each command, {name: flags of train.py} -> {name: seconds}, also kept in costs.json.
 
     Short runs take turns, and the least time counts. A command whose cost was known before tells how fast the
     machine is now, so that a call that goes on plans as the first one did.
     """
+    file, trial = folder / "costs.json", folder / f"trial{os.getpid()}"
+    costs = json.loads(file.read_text()) if file.exists() else {}
     known = [name for name in commands if name in costs][:1]
     missing = [name for name in commands if name not in costs]
-    if not missing:
-        return
-    times = {name: [] for name in known + missing}
+    times = {name: [] for name in missing and known + missing}
     for name in list(times) * rounds:
-        times[name].append(step_seconds(commands[name], folder, log))
-    scale = 1
-    for name in known:
-        scale = costs[name] / min(times[name])
-    for name in missing:
-        costs[name] = scale * min(times[name])
+        times[name].append(step_seconds(commands[name], trial, folder / "output.txt"))
+    scale = costs[known[0]] / min(times[known[0]]) if known and missing else 1
+    costs |= {name: scale * min(times[name]) for name in missing}
+    file.write_text(json.dumps(costs, indent=1))
+    return costs
 
 # ---- Reports.
 def where_from():

@@ -61,11 +61,12 @@ def judge(checkpoint, sets, folder, args, log):
     call("sample.py", "--ckpt", checkpoint, f"--num={args.num * len(sets)}", *DRAW, f"--seed={args.seed}", "--labels",
          ",".join(args.classes[:known]), "--out", samples, log=log)
     drawn = np.load(samples)["arr_0"]
-    asked = np.arange(len(drawn)) % known
+    place = np.arange(len(drawn)) % known
+    asked = np.array(args.order)[place]
     out, _ = call("fid.py", ",".join(sets), checkpoint, "--metrics=bpd", "--num=128", log=log)
     found = []
     for i, report in enumerate(last_json(out).values()):
-        own = asked // 2 == i
+        own = place // 2 == i
         found.append(classifier.scores(args.net, args.references[i], drawn[own], asked[own]) | report)
     return found
 
@@ -80,15 +81,14 @@ def seen_in(buffer, checkpoint, log):
         (seen / "meta.json").write_text(json.dumps(meta | dict(num_val=meta["num_train"])))
     return last_json(call("fid.py", seen, checkpoint, "--metrics=bpd", "--num=128", log=log)[0])[str(seen)]
 
-def learn(method, first, costs, args):
+def learn(method, first, args):
     """Run a method through all tasks, or learn the first one -> scores, row t of them after task t, and more."""
     folder = args.out / f"{method}-{args.seed}"
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted call
     folder.mkdir(parents=True)
     log = folder / "output.txt"
     checkpoint = first and args.out / f"{FIRST}-{args.seed}" / "final.pt"
-    rows = [first["scores"][0]] if first else []
-    steps = []
+    rows, steps = [first["scores"][0]] if first else [], []
     for t in range(len(rows), len(args.tasks) if first else 1):
         here = folder / f"task{t}"
         here.mkdir()
@@ -97,7 +97,7 @@ def learn(method, first, costs, args):
             flags.append(f"--init_from={checkpoint}")
         kind = "taught" if "+taught" in method else method.split("-")[0]
         own = {"plain": [*PLAIN, f"--data={args.tasks[0]}"], kind: flags}
-        measure_costs(own, costs, args.out / f"trial{args.seed}", log, rounds=2)
+        costs = measure_costs(own, args.out, rounds=2)
         minutes = args.minutes if first else 4 * args.minutes
         checkpoint, facts = train_for(60 * minutes, costs[kind], here / "run", flags, log)
         steps.append(facts["steps"])
@@ -136,30 +136,30 @@ def main(argv):
     add("minutes", 1.0, "of training of a task; of the first one four times as many")
     add("seed", 0, "of training and sampling")
     add("num", 200, "samples of each distance", low=2)
+    add("backwards", False, "learn the last pair of classes first")
     add("out", None, "folder; None = out/continual/DATA")
     args = parser.parse_args(argv)
-    args.out = Path(args.out or f"out/continual/{Path(args.data).name}").resolve()
+    args.out = Path(args.out or f"out/continual/{Path(args.data).name}{'-backwards' * args.backwards}").resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     args.data = Path(args.data).resolve()
-    args.classes, args.about = open_folder(args.data)[2]["class_names"], where_from()
-    check(args.classes and len(args.classes) % 2 == 0, f"{args.data} has no classes in pairs")
+    args.about = where_from()
+    names = open_folder(args.data)[2]["class_names"]
+    check(names and len(names) % 2 == 0, f"{args.data} has no classes in pairs")
+    args.order = list(range(len(names)))[:: -1 if args.backwards else 1]
+    args.classes = [names[k] for k in args.order]
     args.net = classifier.load(args.data)
     images, labels = open_folder(args.data, "val")[:2]
     args.tasks, args.references = [], []
     for i in range(0, len(args.classes), 2):
-        pair = args.classes[i : i + 2]
-        flags = ["--classes", ",".join(pair)]
+        flags = ["--classes", ",".join(args.classes[i : i + 2])]
         args.tasks.append(str(subset(args.data, args.out / f"task{i // 2 + 1}", *flags, log=args.out / "output.txt")))
-        args.references.append(classifier.features_of(args.net, images[labels // 2 == i // 2]))
-    costs_file = args.out / "costs.json"
-    costs = json.loads(costs_file.read_text()) if costs_file.exists() else {}
+        args.references.append(classifier.features_of(args.net, images[np.isin(labels, args.order[i : i + 2])]))
     first = None
     for method in [FIRST, *args.methods.split(",")]:
         kept = args.out / f"{method}-{args.seed}" / "result.json"
         if not kept.exists():
-            found = learn(method, first, costs, args)
+            found = learn(method, first, args)
             kept.write_text(json.dumps(found, indent=1))
-            costs_file.write_text(json.dumps(costs, indent=1))
             print(method, [round(d["fd"], 1) for d in found["scores"][-1]], file=sys.stderr, flush=True)
         if method == FIRST:
             first = json.loads(kept.read_text())
@@ -168,7 +168,7 @@ def main(argv):
     about = dict(command=typed(__file__, argv), minutes=args.minutes, num=args.num, results=results)
     (args.out / "continual.json").write_text(json.dumps(about, indent=1))
     print(table(results))
-    lines = [("real", images[np.unique(labels, return_index=True)[1]])]
+    lines = [("real", images[np.unique(labels, return_index=True)[1][args.order]])]
     for r in (r for r in results if r["method"] != FIRST and r["seed"] == args.seed):
         samples = args.out / f"{r['method']}-{r['seed']}" / f"task{len(args.tasks) - 1}" / "samples.npz"
         lines.append((r["method"], np.load(samples)["arr_0"][: len(args.classes)]))

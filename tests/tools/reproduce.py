@@ -38,6 +38,7 @@ class Way:
     start: tuple = None  # (way, units) from whose checkpoint it starts
     on: str = "data"  # or a part of the set: "eight" classes, "few" images of the other two
     draw: tuple = (["--steps=10"],)  # flags of sample.py
+    guide: tuple = None  # (way, units) of a worse model to guide by
 
 FINE = "--patch_size=2"
 SHARE, MASK = 1 / 2, "crop"  # of stage 1; these and the rate and batch of whole images by the claim tune
@@ -69,6 +70,7 @@ HALF = [*masked(0.5), "--batch_size=24"]
 DECODER = [FINE, "--decoder_depth=2", "--decoder_dim=64", "--decoder_heads=2"]
 ROUTED = [FINE, "--route=1,5"]
 RAW = (["--steps=1", "--weights=raw"], ["--steps=2", "--weights=raw"])
+GUIDED = tuple([*flags, "--cfg_scale=1.5"] for flags in RAW)
 SCT = "--ref_batch=256"
 
 WAYS = {
@@ -96,6 +98,7 @@ WAYS = {
     "ECT, no dropout": tuned("--dropout=0"),
     "SCT": tuned(SCT),
     "SCT, no dropout": tuned(SCT, "--dropout=0"),
+    "SCT, guided": Way([], start=("SCT", 1 / 2), draw=GUIDED, guide=("SCT", 1 / 4)),
 }
 for _batch, _lr in ((16, "1e-3"), (16, "2e-3"), (16, "4e-3"), (16, "8e-3"), (8, "2e-3"), (8, "4e-3"), (32, "2e-3"),
                     (32, "4e-3")):
@@ -110,8 +113,8 @@ CLAIMS = {  # [(way, units of time)]
     # Rate and batch of a run from scratch; then share and mask of the first stage. On other seeds and images.
     "tune": [(name, 1) for name in WAYS if name.startswith(("scratch,", "stage 1 "))],
     # How much sooner is equal quality there? Each time has a schedule of its own.
-    "speedup": [(name, units) for units in (1 / 4, 1 / 2, 1) for name in ("from scratch", "two stages")]
-               + [("growing crops", 1 / 4), ("growing crops", 1 / 2), ("coarse patches first", 1 / 2)],
+    "speedup": [(name, units) for units in (1 / 4, 1 / 2, 1, 2) for name in ("from scratch", "two stages")]
+               + [(name, units) for units in (1 / 2, 1) for name in ("growing crops", "coarse patches first")],
     # Does the gain grow with the number of patches? More patches get more time.
     "patches": [(f"{name}{of}", time * units) for of, time in ((", patches of 4", 1 / 16), ("", 1 / 4), (", patches of 1", 1))
                 for name, units in (("from scratch", 1), ("two stages", 1 / 2), ("two stages", 1 / 4), ("two stages", 1))],
@@ -122,7 +125,7 @@ CLAIMS = {  # [(way, units of time)]
                  ("300 images", 1 / 8), ("300 images after masked", 1 / 8), ("300 images after whole", 1 / 8)],
     "decoder": [(name, 1 / 2) for name in ("from scratch", "plain masking 0.5", "decoder 0.5", "routed 0.5")],
     "consistency": [("two stages", 1 / 2), ("two stages, drawn in 35", 1 / 2), ("trained on", 1 / 2), ("ECT", 1 / 2),
-                    ("ECT, no dropout", 1 / 2), ("SCT", 1 / 2), ("SCT, no dropout", 1 / 2)],
+                    ("ECT, no dropout", 1 / 2), ("SCT", 1 / 2), ("SCT, no dropout", 1 / 2), ("SCT", 1 / 4), ("SCT, guided", 1 / 2)],
 }
 
 # ---- Runs.
@@ -183,8 +186,9 @@ def run(name, units, seed, args, costs):
     if stages:
         shutil.copy(checkpoint, folder / "final.pt")
     drawn = []
+    guide = [f"--guide_ckpt={folder_of(*way.guide, seed, args) / 'final.pt'}"] if way.guide else []
     for i, how in enumerate(way.draw):
-        found = judged(checkpoint, folder / f"samples{i}.npz", [f"--seed={seed}", *how], way.on, args, log)
+        found = judged(checkpoint, folder / f"samples{i}.npz", [f"--seed={seed}", *how, *guide], way.on, args, log)
         drawn.append(dict(flags=" ".join(how), **found))
     for big in folder.glob("stage*"):
         shutil.rmtree(big)
@@ -291,12 +295,9 @@ def main(argv):
     args.classes = open_folder(args.data)[2]["class_names"]
     args.about = where_from()  # now: the code may change while this runs
     rows = [(name, units) for name, units in CLAIMS[args.claim] if re.search(args.only, name)]
-    costs_file = args.out / "costs.json"  # seconds of a step by the flags
-    costs = json.loads(costs_file.read_text()) if costs_file.exists() else {}
     all_flags = [flags_of(flags, args) for name, _ in rows for _, flags in WAYS[name].stages]
     commands = {cost_key(flags): [f"--data={args.data}", *flags] for flags in all_flags}
-    measure_costs(commands, costs, args.out / f"trial-{args.claim}", args.out / "output.txt")
-    costs_file.write_text(json.dumps(costs, indent=1))
+    costs = measure_costs(commands, args.out)
     for seed in args.seeds:
         for name, units in rows:
             kept = folder_of(name, units, seed, args) / "result.json"
