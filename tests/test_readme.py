@@ -148,7 +148,10 @@ def test_what_is_said_of_the_share_of_patches_is_in_its_file():
     losses, distances = ([mean_of(stored("masks.json")["results"], key, way=way, seed=0) for way in ways]
                          for key in ("val_loss", "fd"))
     assert "a loss of {:.4f}, {:.4f} and {:.4f} and an FD of".format(*losses) in text
-    assert "and an FD of {:.1f}, {:.1f} and {:.1f} (".format(*distances) in text
+    assert "and an FD of {:.1f}, {:.1f} and {:.1f}; with seed 1".format(*distances) in text
+    losses, distances = ([mean_of(stored("masks.json")["results"], key, way=way, seed=1) for way in ways[:2]]
+                         for key in ("val_loss", "fd"))
+    assert "the first two {:.4f} and {:.4f}, {:.1f} and {:.1f} (".format(*losses, *distances) in text
 
 
 def test_what_is_said_of_few_steps_is_in_its_file():
