@@ -7,6 +7,7 @@ import shlex
 import signal
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,6 +70,31 @@ def test_forgetting_is_the_last_distance_less_the_least():
     assert line == f"| fine-tuning | 8 | 6 | 2 | {16 / 3:.4g} | 2.5 | 90 | 4 |"
     again = dict(r, scores=[[dict(d, fd=2 * d["fd"], right=0.7) for d in row] for row in rows])
     assert "| 12 ± 4 | 9 ± 3 | 3 ± 1 | 8 ± 2.7 | 3.75 ± 1.2 | 80 ± 10 |" in continual.table([r, again])
+
+
+def test_tasks_in_the_opposite_order_are_judged_by_their_own_classes(tmp_path, monkeypatch):
+    """Each sample stands for the class it was drawn as; scores and references are of these classes."""
+    names = "abcd"
+
+    def call(script, *flags, log):
+        flags = list(map(str, flags))
+        if script == "fid.py":
+            return json.dumps({name: {} for name in flags[0].split(",")}), 1.0
+        asked = flags[flags.index("--labels") + 1].split(",")
+        num = next(int(flag[6:]) for flag in flags if flag.startswith("--num="))
+        drawn = np.array([names.index(asked[i % len(asked)]) for i in range(num)])
+        np.savez(flags[flags.index("--out") + 1], arr_0=drawn)
+        return "", 1.0
+
+    monkeypatch.setattr(continual, "call", call)
+    monkeypatch.setattr(continual.classifier, "scores", lambda net, reference, drawn, asked: dict(
+        reference=reference, drawn=drawn.tolist(), asked=asked.tolist()))
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
+        args = SimpleNamespace(order=order, classes=[names[k] for k in order], num=4, seed=0, net=None,
+                               references=["first pair", "second pair"])
+        found = continual.judge("x.pt", ["one", "two"], tmp_path, args, None)
+        assert [r["reference"] for r in found] == args.references
+        assert [r["asked"] for r in found] == [2 * order[:2], 2 * order[2:]] == [r["drawn"] for r in found]
 
 
 def test_the_stored_command_can_be_typed():
