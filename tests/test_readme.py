@@ -105,7 +105,8 @@ def test_figures_within_the_text_are_those_of_the_results():
     assert f"equal after 8 minutes and {behind:.1f} % higher after 16" in readme
     assert f"are {behind:.1f} % behind after 16" in text
     assert abs(losses["two stages", 8] / losses["from scratch", 8] - 1) < 0.003  # "tie after 8"
-    for way, t in (("growing crops", 4), ("growing crops", 8), ("short stage 1", 16), ("coarse patches first", 4)):
+    for way, t in (("growing crops", 4), ("growing crops", 8), ("short stage 1", 16), ("coarse patches first", 4),
+                   ("from scratch", 16), ("two stages", 16), ("two stages", 4), ("two stages", 8)):
         for key, digits in (("val_loss", 4), ("fd", 1)):
             assert f"{mean_of(speedup['results'], key, way=way, minutes=t, seed=0):.{digits}f}" in text
     seen = [round(stage["images_per_s"] * stage["seconds"]) for way, t in

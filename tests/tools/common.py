@@ -81,10 +81,12 @@ def measure_costs(commands, folder, rounds=3):
     costs = json.loads(file.read_text()) if file.exists() else {}
     known = [name for name in commands if name in costs][:1]
     missing = [name for name in commands if name not in costs]
-    times = {name: [] for name in missing and known + missing}
+    if not missing:
+        return costs
+    times = {name: [] for name in known + missing}
     for name in list(times) * rounds:
         times[name].append(step_seconds(commands[name], trial, folder / "output.txt"))
-    scale = costs[known[0]] / min(times[known[0]]) if known and missing else 1
+    scale = costs[known[0]] / min(times[known[0]]) if known else 1
     costs |= {name: scale * min(times[name]) for name in missing}
     file.write_text(json.dumps(costs, indent=1))
     return costs

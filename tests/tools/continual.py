@@ -88,7 +88,8 @@ def learn(method, first, args):
     folder.mkdir(parents=True)
     log = folder / "output.txt"
     checkpoint = first and args.out / f"{FIRST}-{args.seed}" / "final.pt"
-    rows, steps = [first["scores"][0]] if first else [], []
+    rows = [first["scores"][0]] if first else []
+    steps = []
     for t in range(len(rows), len(args.tasks) if first else 1):
         here = folder / f"task{t}"
         here.mkdir()

@@ -9,8 +9,7 @@ A claim names ways to train (WAYS: stages, each a share of the time and flags of
 in units of --each minutes on one core. Time is planned: short runs of all stages take turns, and the least
 seconds of a step are its cost; a stage then gets as many steps as its time has room for. Reported are the
 validation loss on whole images and what classifier.py says of --num samples; on a set without classes the loss
-alone. Each run keeps its folder in OUT and is not repeated. So an interrupted call goes on, and calls with
-other --seeds or claims may share OUT.
+alone. A finished run in OUT is not repeated: an interrupted call goes on, and other --seeds and claims may share OUT.
 """
 
 import json
@@ -63,14 +62,12 @@ def patches(size, batch_size, first_batch):
 
 def tuned(*flags):
     """Consistency tuning of the model that two stages trained."""
-    flags = [FINE, "--batch_size=16", "--loss=consistency", *flags]
-    return Way([(1, flags)], start=("two stages", 1 / 2), draw=RAW)
+    return Way([(1, [FINE, "--batch_size=16", "--loss=consistency", *flags])], start=("two stages", 1 / 2), draw=RAW)
 
-HALF, SCT = [*masked(0.5), "--batch_size=24"], "--ref_batch=256"
+HALF = [*masked(0.5), "--batch_size=24"]
 DECODER = [FINE, "--decoder_depth=2", "--decoder_dim=64", "--decoder_heads=2"]
 ROUTED = [FINE, "--route=1,5"]
 RAW = (["--steps=1", "--weights=raw"], ["--steps=2", "--weights=raw"])
-GUIDED = tuple([*flags, "--cfg_scale=1.5"] for flags in RAW)
 
 WAYS = {
     "from scratch": Way([(1, WHOLE)]),
@@ -96,9 +93,9 @@ WAYS = {
     "trained on": Way([(1, WHOLE)], start=("two stages", 1 / 2), draw=(["--steps=18"],)),
     "ECT": tuned(),
     "ECT, no dropout": tuned("--dropout=0"),
-    "SCT": tuned(SCT),
-    "SCT, no dropout": tuned(SCT, "--dropout=0"),
-    "SCT, guided": Way([], start=("SCT", 1 / 2), draw=GUIDED, guide=("SCT", 1 / 4)),
+    "SCT": tuned("--ref_batch=256"),
+    "SCT, no dropout": tuned("--ref_batch=256", "--dropout=0"),
+    "SCT, guided": Way([], ("SCT", 1 / 2), guide=("SCT", 1 / 4), draw=tuple([*how, "--cfg_scale=1.5"] for how in RAW)),
 }
 for _batch, _lr in ((16, "1e-3"), *product((16, 8, 32), ("2e-3", "4e-3")), (16, "8e-3")):
     WAYS[f"scratch, batch {_batch}, rate {_lr}"] = Way([(1, whole(_batch, _lr))])
@@ -125,7 +122,8 @@ CLAIMS = {  # [(way, units of time)]
                  ("300 images", 1 / 8), ("300 images after masked", 1 / 8), ("300 images after whole", 1 / 8)],
     "decoder": [(name, 1 / 2) for name in ("from scratch", "plain masking 0.5", "decoder 0.5", "routed 0.5")],
     "consistency": [("two stages", 1 / 2), ("two stages, drawn in 35", 1 / 2), ("trained on", 1 / 2), ("ECT", 1 / 2),
-                    ("ECT, no dropout", 1 / 2), ("SCT", 1 / 2), ("SCT, no dropout", 1 / 2), ("SCT", 1 / 4), ("SCT, guided", 1 / 2)],
+                    ("ECT, no dropout", 1 / 2), ("SCT", 1 / 2), ("SCT, no dropout", 1 / 2), ("SCT", 1 / 4),
+                    ("SCT, guided", 1 / 2)],
 }
 
 # ---- Runs.
@@ -305,7 +303,6 @@ def main(argv):
                 found = run(name, units, seed, args, costs)
                 kept.write_text(json.dumps(found, indent=1))
                 print("\n".join(table([found]).splitlines()[2:]), file=sys.stderr, flush=True)
-
     # All that is finished, with whatever flags it was asked for.
     results = []
     for name, units in CLAIMS[args.claim]:
