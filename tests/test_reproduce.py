@@ -234,6 +234,14 @@ def test_a_claim_runs_from_data_to_table_and_is_not_run_again(tmp_path, called):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_way_can_be_run_before_its_rival(tmp_path, called):
+    data = make_dataset(tmp_path / "set", n=60, size=8, classes=0, n_val=20)
+    command = ["speedup", f"--data={data}", "--seeds", "0", "--num", "8", "--each", "0.002", "--out", tmp_path / "out"]
+    alone = called(reproduce, *command, "--only", "^coarse").out
+    assert "| coarse patches first |" in alone and "times faster" not in alone
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_one_pair_of_classes_after_another_is_learned_and_judged(tmp_path, called):
     data = make_dataset(tmp_path / "set", n=60, size=8, classes=4, n_val=40)
     command = ["--data", data, "--minutes", "0.005", "--num", "8", "--methods", "generative-1+taught,replay-1-8",

@@ -72,7 +72,7 @@ RAW = (["--steps=1", "--weights=raw"], ["--steps=2", "--weights=raw"])
 WAYS = {
     "from scratch": Way([(1, WHOLE)]),
     "two stages": two_stages(stage_1()),
-    "short stage 1": two_stages(stage_1(), 1 / 4),
+    "short stage 1": two_stages(stage_1(0.75, 20), 1 / 8),
     "growing crops": Way([(0.6 * SHARE, stage_1()), (0.4 * SHARE, [*stage_1(0.75, 20), "--warmup=20"]),
                           (1 - SHARE, WHOLE)]),
     "coarse patches first": two_stages(["--patch_size=4", "--batch_size=16", "--lr=4e-3", "--lr_schedule=constant"]),
@@ -102,25 +102,30 @@ for _batch, _lr in ((16, "1e-3"), *product((16, 8, 32), ("2e-3", "4e-3")), (16, 
 for _mask, _share, _lr in (*product(("crop", "block"), (1 / 2, 2 / 3, 4 / 5), ["2e-3"]), ("crop", 1 / 2, "4e-3"),
                            ("crop", 1 / 2, "8e-3")):
     WAYS[f"stage 1 {_mask}, share {_share:.2f}, rate {_lr}"] = two_stages(stage_1(mask=_mask), _share, whole(lr=_lr))
+for _ratio, _batch, _share in ((0.9, 48, 1 / 8), (0.75, 20, 1 / 8), (0.75, 20, 1 / 4)):
+    WAYS[f"longer, crop {_ratio}, share {_share}"] = two_stages(stage_1(_ratio, _batch), _share)
 for _mask, _ratio, _batch in (("crop", 0.75, 20), ("crop", 0.95, 64), ("block", 0.9, 48), ("patch", 0.9, 48)):
     WAYS[f"two stages, {_mask} {_ratio}"] = two_stages(stage_1(_ratio, _batch, _mask))
 
 CLAIMS = {  # [(way, units of time)]
-    # Rate and batch of a run from scratch; then share and mask of the first stage. On other seeds and images.
-    "tune": [(name, 1) for name in WAYS if name.startswith(("scratch,", "stage 1 "))],
+    # Rate and batch of a run from scratch; then share and mask of the first stage; both again for a run of eight times
+    # the time. On other seeds and images.
+    "tune": [(name, 1) for name in WAYS if name.startswith(("scratch,", "stage 1 "))]
+            + [(name, 8) for name in WAYS if name.startswith("longer,")],
     # How much sooner is equal quality there? Each time has a schedule of its own.
     "speedup": [(name, units) for units in (1 / 4, 1 / 2, 1, 2) for name in ("from scratch", "two stages")]
                + [(name, units) for name in ("growing crops", "coarse patches first") for units in (1 / 2, 1)]
                + [("short stage 1", 2)],
     # Does the gain grow with the number of patches? More patches get more time.
     "patches": [(f"{name}{of}", time * units) for of, time in ((", patches of 4", 1 / 16), ("", 1 / 4), (", patches of 1", 1))
-                for name, units in (("from scratch", 1), ("two stages", 1 / 2), ("two stages", 1 / 4), ("two stages", 1))],
+                for name, units in (("from scratch", 1), ("two stages", 1 / 2), ("two stages", 1 / 4), ("two stages", 1))]
+               + [(f"{name}, patches of 1", 2) for name in ("from scratch", "two stages")],
     # Which patches are hidden, and how many?
     "masks": [("two stages", 1 / 2)]
              + [(name, 1 / 2) for name in WAYS if re.match("two stages, (crop|block|patch [0-9.]+$)", name)],
     "transfer": [("eight classes, masked", 1 / 4), ("eight classes, whole", 1 / 4), ("300 images", 3 / 8),
                  ("300 images", 1 / 8), ("300 images after masked", 1 / 8), ("300 images after whole", 1 / 8)],
-    "decoder": [(name, 1 / 2) for name in ("from scratch", "plain masking 0.5", "decoder 0.5", "routed 0.5")],
+    "decoder": [(name, units) for units in (1 / 2, 2) for name in ("from scratch", "plain masking 0.5", "decoder 0.5", "routed 0.5")],
     "consistency": [("two stages", 1 / 2), ("two stages, drawn in 35", 1 / 2), ("trained on", 1 / 2), ("ECT", 1 / 2),
                     ("ECT, no dropout", 1 / 2), ("SCT", 1 / 2), ("SCT, no dropout", 1 / 2), ("SCT", 1 / 4),
                     ("SCT, guided", 1 / 2)],
@@ -216,12 +221,9 @@ def table(results, only=""):
 
 def by_time(results, way, seed, key):
     """[(minutes, validation loss or another score)] of a way and seed, each time with a schedule of its own."""
-    points = []
-    for r in results:
-        scores = dict(*r["drawn"][:1], val_loss=r["val_loss"])
-        if (r["way"], r["seed"]) == (way, seed) and scores.get(key) is not None:
-            points.append((r["minutes"], scores[key]))
-    return sorted(points)
+    own = [r for r in results if (r["way"], r["seed"]) == (way, seed)]
+    points = [(r["minutes"], dict(*r["drawn"][:1], val_loss=r["val_loss"]).get(key)) for r in own]
+    return sorted(point for point in points if point[1] is not None)
 
 def reached(curve, value):
     """When a curve of points is at a value or below and stays there, on the line between two points; or None."""
@@ -259,11 +261,9 @@ def records(results):
 def draw_figures(results, args):
     """Curves over time, and ten samples of each row of seed 0 from the same noise, below real images."""
     for key, title in (("fd", "classifier FD"), ("val_loss", "validation loss")):
-        lines = []
-        for way, seed in dict.fromkeys((r["way"], r["seed"]) for r in results):
-            points = by_time(results, way, seed, key)
-            if len(points) > 1:
-                lines.append((way, points, True))
+        runs = dict.fromkeys((r["way"], r["seed"]) for r in results)
+        lines = [(way, by_time(results, way, seed, key), True) for way, seed in runs]
+        lines = [line for line in lines if len(line[1]) > 1]
         if lines:
             curves.draw(args.out / f"{args.claim}-{key}.png", lines, title, "minutes of training, planned")
     images, labels = open_folder(args.data, "val")[:2]
@@ -318,7 +318,7 @@ def main(argv):
     (args.out / f"{args.claim}.json").write_text(json.dumps(about, indent=1))
     print(table(results))
     draw_figures(results, args)
-    if args.claim == "speedup":
+    if args.claim == "speedup" and any(r["way"] == "from scratch" for r in results):
         print("\n" + records(results))
 
 if __name__ == "__main__":
