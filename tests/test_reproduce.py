@@ -238,7 +238,7 @@ def test_a_way_can_be_run_before_its_rival(tmp_path, called):
     data = make_dataset(tmp_path / "set", n=60, size=8, classes=0, n_val=20)
     command = ["speedup", f"--data={data}", "--seeds", "0", "--num", "8", "--each", "0.002", "--out", tmp_path / "out"]
     alone = called(reproduce, *command, "--only", "^coarse").out
-    assert "| coarse patches first |" in alone and "times faster" not in alone
+    assert "| way | minutes to loss" in alone and "from scratch" not in alone
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
