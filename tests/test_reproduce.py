@@ -172,9 +172,10 @@ def test_rows_start_from_rows_that_were_run_before():
     for claim, rows in reproduce.CLAIMS.items():
         folders = [reproduce.folder_of(name, units, 0, args) for name, units in rows]
         assert len(set(folders)) == len(rows), claim
-        for i, (name, _) in enumerate(rows):
-            start = reproduce.WAYS[name].start
-            assert start is None or start in rows[:i], name
+        for i, (name, units) in enumerate(rows):
+            way = reproduce.WAYS[name]
+            assert way.start is None or (way.start[0], way.start[1] * units) in rows[:i], name
+            assert way.guide is None or (way.guide, units) in rows[:i], name
 
 
 def test_a_cost_is_that_of_what_a_step_does():

@@ -34,10 +34,10 @@ from prepare_data import Parser, check, open_folder, run_script
 @dataclass
 class Way:
     stages: list  # [(share of the time, flags)]; stages of equal flags cost the same
-    start: tuple = None  # (way, units) from whose checkpoint it starts
+    start: tuple = None  # (way, times its own units) from whose checkpoint it starts
     on: str = "data"  # or a part of the set: "eight" classes, "few" images of the other two
     draw: tuple = (["--steps=10"],)  # flags of sample.py
-    guide: tuple = None  # (way, units) of a worse model to guide by
+    guide: str = None  # the way of a worse model to guide by, of as many units
 
 FINE = "--patch_size=2"
 SHARE, MASK = 1 / 2, "crop"  # of stage 1; these and the rate and batch of whole images by the claim tune
@@ -60,9 +60,9 @@ def patches(size, batch_size, first_batch):
     return {f"from scratch, patches of {size}": Way([(1, last)]),
             f"two stages, patches of {size}": two_stages(first, last=last)}
 
-def tuned(*flags):
-    """Consistency tuning of the model that two stages trained."""
-    return Way([(1, [FINE, "--batch_size=16", "--loss=consistency", *flags])], start=("two stages", 1 / 2), draw=RAW)
+def tuned(*flags, share=1):
+    """Consistency tuning of the model that two stages trained for as long."""
+    return Way([(share, [FINE, "--batch_size=16", "--loss=consistency", *flags])], start=("two stages", 1), draw=RAW)
 
 HALF = [*masked(0.5), "--batch_size=24"]
 DECODER = [FINE, "--decoder_depth=2", "--decoder_dim=64", "--decoder_heads=2"]
@@ -83,20 +83,21 @@ WAYS = {
     "eight classes, masked": Way([(1, stage_1())], on="eight", draw=()),
     "eight classes, whole": Way([(1, WHOLE)], on="eight", draw=()),
     "300 images": Way([(1, WHOLE)], on="few"),
-    "300 images after masked": Way([(1, WHOLE)], on="few", start=("eight classes, masked", 1 / 4)),
-    "300 images after whole": Way([(1, WHOLE)], on="few", start=("eight classes, whole", 1 / 4)),
+    "300 images after masked": Way([(1, WHOLE)], on="few", start=("eight classes, masked", 2)),
+    "300 images after whole": Way([(1, WHOLE)], on="few", start=("eight classes, whole", 2)),
     # Where hidden patches leave the network, at 0.5: for good, for the encoder, for the middle blocks.
     "plain masking 0.5": two_stages([FINE, *HALF], 1 / 2),
     "decoder 0.5": two_stages([*DECODER, *HALF], 1 / 2, [*DECODER, *WHOLE[1:]]),
     "routed 0.5": two_stages([*ROUTED, *HALF], 1 / 2, [*ROUTED, *WHOLE[1:]]),
     # One, two and 35 evaluations.
-    "two stages, drawn in 35": Way([], start=("two stages", 1 / 2), draw=(["--steps=18"],)),
-    "trained on": Way([(1, WHOLE)], start=("two stages", 1 / 2), draw=(["--steps=18"],)),
+    "two stages, drawn in 35": Way([], start=("two stages", 1), draw=(["--steps=18"],)),
+    "trained on": Way([(1, WHOLE)], start=("two stages", 1), draw=(["--steps=18"],)),
     "ECT": tuned(),
     "ECT, no dropout": tuned("--dropout=0"),
     "SCT": tuned("--ref_batch=256"),
     "SCT, no dropout": tuned("--ref_batch=256", "--dropout=0"),
-    "SCT, guided": Way([], ("SCT", 1 / 2), guide=("SCT", 1 / 4), draw=tuple([*how, "--cfg_scale=1.5"] for how in RAW)),
+    "SCT, half the time": tuned("--ref_batch=256", share=1 / 2),
+    "SCT, guided": Way([], ("SCT", 1), guide="SCT, half the time", draw=tuple([*how, "--cfg_scale=1.5"] for how in RAW)),
 }
 for _batch, _lr in ((16, "1e-3"), *product((16, 8, 32), ("2e-3", "4e-3")), (16, "8e-3"), (8, "8e-3"), (4, "4e-3")):
     WAYS[f"scratch, batch {_batch}, rate {_lr}"] = Way([(1, whole(_batch, _lr))])
@@ -121,13 +122,12 @@ CLAIMS = {  # [(way, units of time)]
                 for name, units in (("from scratch", 1), ("two stages", 1 / 2), ("two stages", 1 / 4), ("two stages", 1))]
                + [(f"{name}, patches of 1", 2) for name in ("from scratch", "two stages")],
     # Which patches are hidden, and how many?
-    "masks": [(name, 1 / 2) for name in WAYS if re.match("two stages($|, crop|, block|, patch [0-9])", name)],
+    "masks": [(name, units) for units in (1 / 2, 1) for name in WAYS if re.match("two stages($|, crop|, block|, patch [0-9])", name)],
     "transfer": [("eight classes, masked", 1 / 4), ("eight classes, whole", 1 / 4), ("300 images", 3 / 8),
                  ("300 images", 1 / 8), ("300 images after masked", 1 / 8), ("300 images after whole", 1 / 8)],
-    "decoder": [(name, 1 / 2) for name in ("from scratch", "plain masking 0.5", "decoder 0.5", "routed 0.5")],
-    "consistency": [("two stages", 1 / 2), ("two stages, drawn in 35", 1 / 2), ("trained on", 1 / 2), ("ECT", 1 / 2),
-                    ("ECT, no dropout", 1 / 2), ("SCT", 1 / 2), ("SCT, no dropout", 1 / 2), ("SCT", 1 / 4),
-                    ("SCT, guided", 1 / 2)],
+    "decoder": [(name, units) for units in (1 / 2, 2) for name in ("from scratch", "plain masking 0.5", "decoder 0.5", "routed 0.5")],
+    "consistency": [(name, units) for units in (1 / 2, 2) for name in ("two stages", "two stages, drawn in 35", "trained on", "ECT",
+                    "ECT, no dropout", "SCT", "SCT, no dropout")] + [("SCT, half the time", 2), ("SCT, guided", 2)],
 }
 
 # ---- Runs.
@@ -175,7 +175,7 @@ def run(name, units, seed, args, costs):
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted call
     folder.mkdir(parents=True)
     log = folder / "output.txt"
-    checkpoint = way.start and folder_of(*way.start, seed, args) / "final.pt"
+    checkpoint = way.start and folder_of(way.start[0], way.start[1] * units, seed, args) / "final.pt"
     stages = []
     for share, flags in way.stages:
         cost = costs[cost_key(flags_of(flags, args))]
@@ -188,7 +188,7 @@ def run(name, units, seed, args, costs):
     if stages:
         shutil.copy(checkpoint, folder / "final.pt")
     drawn = []
-    guide = [f"--guide_ckpt={folder_of(*way.guide, seed, args) / 'final.pt'}"] if way.guide else []
+    guide = [f"--guide_ckpt={folder_of(way.guide, units, seed, args) / 'final.pt'}"] if way.guide else []
     for i, how in enumerate(way.draw):
         found = judged(checkpoint, folder / f"samples{i}.npz", [f"--seed={seed}", *how, *guide], way.on, args, log)
         drawn.append(dict(flags=" ".join(how), **found))
