@@ -88,6 +88,7 @@ WAYS = {
     # Where hidden patches leave the network, at 0.5: for good, for the encoder, for the middle blocks.
     "plain masking 0.5": two_stages([FINE, *HALF], 1 / 2),
     "decoder 0.5": two_stages([*DECODER, *HALF], 1 / 2, [*DECODER, *WHOLE[1:]]),
+    "decoder, whole images": Way([(1, [*DECODER, *WHOLE[1:]])]),
     "routed 0.5": two_stages([*ROUTED, *HALF], 1 / 2, [*ROUTED, *WHOLE[1:]]),
     # One, two and 35 evaluations.
     "two stages, drawn in 35": Way([], start=("two stages", 1), draw=(["--steps=18"],)),
@@ -125,7 +126,7 @@ CLAIMS = {  # [(way, units of time)]
     "masks": [(name, units) for units in (1 / 2, 1) for name in WAYS if re.match("two stages($|, crop|, block|, patch [0-9])", name)],
     "transfer": [("eight classes, masked", 1 / 4), ("eight classes, whole", 1 / 4), ("300 images", 3 / 8),
                  ("300 images", 1 / 8), ("300 images after masked", 1 / 8), ("300 images after whole", 1 / 8)],
-    "decoder": [(name, units) for units in (1 / 2, 2) for name in ("from scratch", "plain masking 0.5", "decoder 0.5", "routed 0.5")],
+    "decoder": [(name, units) for units in (1 / 2, 2) for name in WAYS if re.match("from scratch$|plain|decoder|routed", name)],
     "consistency": [(name, units) for units in (1 / 2, 2) for name in ("two stages", "two stages, drawn in 35", "trained on", "ECT",
                     "ECT, no dropout", "SCT", "SCT, no dropout")] + [("SCT, half the time", 2), ("SCT, guided", 2)],
 }
@@ -303,8 +304,7 @@ def main(argv):
                 found = run(name, units, seed, args, costs)
                 kept.write_text(json.dumps(found, indent=1))
                 print("\n".join(table([found]).splitlines()[2:]), file=sys.stderr, flush=True)
-    # All that is finished, with whatever flags it was asked for.
-    results = []
+    results = []  # all that is finished, with whatever flags it was asked for
     for name, units in CLAIMS[args.claim]:
         stem = folder_of(name, units, "", args).name
         results += [json.loads(path.read_text()) for path in sorted(args.out.glob(f"{stem}*/result.json"))]
