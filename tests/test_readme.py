@@ -190,32 +190,51 @@ def test_other_classifiers_agree_that_two_stages_are_nearer():
 
 def test_what_is_said_of_the_share_of_patches_is_in_its_file():
     text = " ".join(PAGES["assets/results/README.md"].split())
-    ways = ["two stages, crop 0.75", "two stages", "two stages, crop 0.95"]
-    losses, distances = ([mean_of(stored("masks.json")["results"], key, way=way, seed=0) for way in ways]
+    ways = [f"two stages{which}" for which in (", crop 0.75", "", ", crop 0.95", ", block 0.9", ", patch 0.9")]
+    losses, distances = ([mean_of(stored("masks.json")["results"], key, way=way, minutes=8, seed=0) for way in ways]
                          for key in ("val_loss", "fd"))
-    assert "a loss of {:.4f}, {:.4f} and {:.4f} and an FD of".format(*losses) in text
-    assert "and an FD of {:.1f}, {:.1f} and {:.1f}; with seed 1".format(*distances) in text
-    losses, distances = ([mean_of(stored("masks.json")["results"], key, way=way, seed=1) for way in ways[:2]]
-                         for key in ("val_loss", "fd"))
-    assert "the first two {:.4f} and {:.4f}, {:.1f} and {:.1f} (".format(*losses, *distances) in text
+    assert "a loss of {:.4f}, {:.4f} and {:.4f}".format(*losses) in text
+    assert "an FD of {:.1f}, {:.1f} and {:.1f};".format(*distances) in text
+    assert "blocks {:.4f} and {:.1f}, single patches {:.4f} and {:.1f}".format(
+        losses[3], distances[3], losses[4], distances[4]) in text
+
+
+def test_what_is_said_of_the_decoder_and_routing_is_in_its_file():
+    text = " ".join(PAGES["assets/results/README.md"].split())
+    results = stored("decoder.json")["results"]
+    early = [f"{mean_of(results, 'fd', way=way, minutes=4):.1f}" for way in
+             ("from scratch", "plain masking 0.5", "routed 0.5", "decoder 0.5")]
+    assert "training from scratch is {}, of plain masking {}, of routing {} and of the decoder {}".format(*early) in text
+    less = [per_cent_less(results, "fd", "decoder 0.5", "from scratch", 16, seed=seed) for seed in (0, 1)]
+    assert "FD is {:.0f} and {:.0f} % lower with the two seeds than".format(*less) in text
+    more = -per_cent_less(results, "val_loss", "decoder 0.5", "from scratch", 16)
+    assert f"its loss {more:.1f} % higher" in text
+    for way, words in (("decoder, whole images", "a loss of {:.4f} and an FD of {:.2f}, with"),
+                       ("decoder 0.5", "stage {:.4f} and {:.2f} (seed 0")):
+        assert words.format(*(mean_of(results, key, way=way, minutes=16, seed=0) for key in ("val_loss", "fd"))) in text
+    other = {(r["way"], r["seed"], r["classifier"]): r["fd"] for r in stored("classifiers.json")["results"] if r["minutes"] == 16}
+    assert all(other["decoder 0.5", *about] < other["from scratch", *about] for about in [(0, 1), (0, 2), (1, 1), (1, 2)])
 
 
 def test_what_is_said_of_few_steps_is_in_its_file():
     text = " ".join(PAGES["assets/results/README.md"].split())
     results = stored("consistency.json")["results"]
-    assert {(r["way"], r["seed"]) for r in results} >= {(r["way"], seed) for r in results for seed in (0, 1)}
 
-    def found(way, i):
-        """The mean FD of the samples drawn in the i-th way from models tuned for 4 minutes."""
-        own = [r for r in results if (r["way"], r["minutes"]) == (way, 4)]
+    def found(way, i=0, minutes=16):
+        """The mean FD of the samples drawn in the i-th way from models tuned for so long."""
+        own = [r for r in results if (r["way"], r["minutes"]) == (way, minutes)]
+        assert len(own) == 2 or minutes == 16 and way in ("SCT, guided", "SCT, half the time")  # seed 0 alone
         return f"{statistics.mean(r['drawn'][i]['fd'] for r in own):.1f}"
 
-    one, two = ([found(way, i) for way in ("ECT", "SCT", "ECT, no dropout", "SCT, no dropout")] for i in (0, 1))
-    assert f"(FD {two[0]} and {two[1]} against {found('two stages, drawn in 35', 0)}), in one step" in text
+    one, two = ([found(way, i) for way in ("ECT", "SCT")] for i in (0, 1))
+    assert f"(FD {two[0]} and {two[1]} against {found('two stages, drawn in 35')}), in one step" in text
     assert f"in one step to {one[0]} and {one[1]}." in text
-    assert f"has {found('trained on', 0)} in 35 evaluations" in text
-    assert f"SCT has {found('SCT, guided', 0)} and {found('SCT, guided', 1)}" in text
-    assert f"ECT has {one[2]} and {two[2]}, SCT {one[3]} and {two[3]}" in text
+    assert f"has {found('trained on')} in 35 evaluations" in text
+    assert f"has {found('SCT, guided', 0)} and {found('SCT, guided', 1)}" in text
+    one, two = ([found(way, i, 4) for way in ("ECT", "SCT", "ECT, no dropout", "SCT, no dropout")] for i in (0, 1))
+    assert f"ECT {one[0]} and {two[0]}, SCT {one[1]} and {two[1]}; without dropout" in text
+    assert f"without dropout {one[2]} and {two[2]}, {one[3]} and {two[3]}" in text
+    assert f"({found('two stages, drawn in 35', minutes=4)} in 35, {found('trained on', minutes=4)} trained on)" in text
 
 
 def test_what_is_said_of_forgetting_is_in_its_file():
@@ -226,7 +245,7 @@ def test_what_is_said_of_forgetting_is_in_its_file():
         return statistics.mean(d[key] for d in last[method]["scores"][-1])
 
     assert f"(mean FD {mean('fine-tuning'):.0f}, joint training {mean('joint'):.0f})" in text
-    for coef in (1, 0.1):
+    for coef in (1, 0.3, 0.1):
         assert "({:.0f}, {:.0f} and {:.0f})".format(*(mean(f"replay-{coef}-{size}") for size in (8, 64, 512))) in text
     backwards = {r["method"]: statistics.mean(d["fd"] for d in r["scores"][-1])
                  for r in stored("continual-backwards.json")["results"]}

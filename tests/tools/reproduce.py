@@ -260,7 +260,7 @@ def records(results):
     return markdown(["way", *heads, "seeds"], lines)
 
 def draw_figures(results, args):
-    """Curves over time, and ten samples of each row of seed 0 from the same noise, below real images."""
+    """Curves over time, and ten samples of each row that `only` finds (seed 0, the same noise) below real images."""
     for key, title in (("fd", "classifier FD"), ("val_loss", "validation loss")):
         runs = dict.fromkeys((r["way"], r["seed"]) for r in results)
         lines = [(way, by_time(results, way, seed, key), True) for way, seed in runs]
@@ -270,7 +270,7 @@ def draw_figures(results, args):
     images, labels = open_folder(args.data, "val")[:2]
     _, first = np.unique(labels, return_index=True)  # one of each class
     lines = [("real", images[first])]
-    for r in (r for r in results if r["seed"] == 0):
+    for r in (r for r in results if r["seed"] == 0 and re.search(args.only, f"{r['way']}, {r['minutes']:g} min")):
         folder = folder_of(r["way"], r["minutes"] / args.each, 0, args)
         for i, drawn in enumerate(r["drawn"]):
             flags = drawn["flags"].replace("--", "") if len(r["drawn"]) > 1 else ""
