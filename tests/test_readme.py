@@ -190,13 +190,12 @@ def test_other_classifiers_agree_that_two_stages_are_nearer():
 
 def test_what_is_said_of_the_share_of_patches_is_in_its_file():
     text = " ".join(PAGES["assets/results/README.md"].split())
-    ways = [f"two stages{which}" for which in (", crop 0.75", "", ", crop 0.95", ", block 0.9", ", patch 0.9")]
+    ways = [f"two stages{which}" for which in (", crop 0.75", "", ", crop 0.95", ", block 0.9")]
     losses, distances = ([mean_of(stored("masks.json")["results"], key, way=way, minutes=8, seed=0) for way in ways]
                          for key in ("val_loss", "fd"))
     assert "a loss of {:.4f}, {:.4f} and {:.4f}".format(*losses) in text
     assert "an FD of {:.1f}, {:.1f} and {:.1f};".format(*distances) in text
-    assert "blocks {:.4f} and {:.1f}, single patches {:.4f} and {:.1f}".format(
-        losses[3], distances[3], losses[4], distances[4]) in text
+    assert f"blocks of 1/10 have {losses[3]:.4f} and {distances[3]:.1f}" in text
 
 
 def test_what_is_said_of_the_decoder_and_routing_is_in_its_file():
@@ -204,7 +203,7 @@ def test_what_is_said_of_the_decoder_and_routing_is_in_its_file():
     results = stored("decoder.json")["results"]
     early = [f"{mean_of(results, 'fd', way=way, minutes=4):.1f}" for way in
              ("from scratch", "plain masking 0.5", "routed 0.5", "decoder 0.5")]
-    assert "training from scratch is {}, of plain masking {}, of routing {} and of the decoder {}".format(*early) in text
+    assert "the FD from scratch is {}, of plain masking {}, of routing {} and of the decoder {}".format(*early) in text
     less = [per_cent_less(results, "fd", "decoder 0.5", "from scratch", 16, seed=seed) for seed in (0, 1)]
     assert "FD is {:.0f} and {:.0f} % lower with the two seeds than".format(*less) in text
     more = -per_cent_less(results, "val_loss", "decoder 0.5", "from scratch", 16)
@@ -232,7 +231,7 @@ def test_what_is_said_of_few_steps_is_in_its_file():
     assert f"has {found('trained on')} in 35 evaluations" in text
     assert f"has {found('SCT, guided', 0)} and {found('SCT, guided', 1)}" in text
     one, two = ([found(way, i, 4) for way in ("ECT", "SCT", "ECT, no dropout", "SCT, no dropout")] for i in (0, 1))
-    assert f"ECT {one[0]} and {two[0]}, SCT {one[1]} and {two[1]}; without dropout" in text
+    assert f"ECT has {one[0]} and {two[0]}, SCT {one[1]} and {two[1]}; without dropout" in text
     assert f"without dropout {one[2]} and {two[2]}, {one[3]} and {two[3]}" in text
     assert f"({found('two stages, drawn in 35', minutes=4)} in 35, {found('trained on', minutes=4)} trained on)" in text
 
