@@ -259,6 +259,14 @@ def test_what_is_said_of_forgetting_is_in_its_file():
         assert words.format(r["seen"]["bits_per_dim"], r["scores"][-1][0]["bits_per_dim"]) in text
 
 
+def test_floors_are_those_of_the_images_that_are_drawn():
+    text = " ".join(PAGES["assets/results/README.md"].split())
+    assert f"images of the two classes (floor {stored('transfer.json')['floor']['fd']:.2f})" in text
+    floors = [{round(task["fd"], 6) for task in stored(f"continual{order}.json")["floor"]} for order in ("", "-backwards")]
+    assert floors[0] == floors[1] and len(floors[0]) == 5
+    assert f"200 samples a task (floors {min(floors[0]):.1f} to {max(floors[0]):.1f})" in text
+
+
 def test_links_and_files_of_the_pages_exist():
     for name, page in PAGES.items():
         for target in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\"]+)\"", page):

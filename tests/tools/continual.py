@@ -150,11 +150,14 @@ def main(argv):
     args.classes = [names[k] for k in args.order]
     args.net = classifier.load(args.data)
     images, labels = open_folder(args.data, "val")[:2]
-    args.tasks, args.references = [], []
+    seen, known = open_folder(args.data)[:2]
+    args.tasks, args.references, floor = [], [], []  # the floor: training images in place of samples
     for i in range(0, len(args.classes), 2):
         flags = ["--classes", ",".join(args.classes[i : i + 2])]
         args.tasks.append(str(subset(args.data, args.out / f"task{i // 2 + 1}", *flags, log=args.out / "output.txt")))
         args.references.append(classifier.features_of(args.net, images[np.isin(labels, args.order[i : i + 2])]))
+        own = np.flatnonzero(np.isin(known, args.order[i : i + 2]))[: args.num]
+        floor.append(classifier.scores(args.net, args.references[-1], seen[own], known[own]))
     first = None
     for method in [FIRST, *args.methods.split(",")]:
         kept = args.out / f"{method}-{args.seed}" / "result.json"
@@ -166,7 +169,7 @@ def main(argv):
             first = json.loads(kept.read_text())
     results = [json.loads(path.read_text()) for path in args.out.glob("*/result.json")]
     results.sort(key=lambda r: (f"{FIRST},{METHODS}".find(r["method"]), r["seed"]))
-    about = dict(command=typed(__file__, argv), minutes=args.minutes, num=args.num, results=results)
+    about = dict(command=typed(__file__, argv), minutes=args.minutes, num=args.num, floor=floor, results=results)
     (args.out / "continual.json").write_text(json.dumps(about, indent=1))
     print(table(results))
     lines = [("real", images[np.unique(labels, return_index=True)[1][args.order]])]

@@ -24,8 +24,7 @@ LAYERS = {  # theirs: ours
     "final_layer.linear": "final_linear",
     "adaLN_modulation.1": "adaLN",
     "decoder_blocks": "decoder",
-    "attn.": "",
-    "mlp.": ""}
+    "attn.": "", "mlp.": ""}
 
 def find_weights(stored):
     """The averaged weights in their checkpoint, by names without prefixes."""

@@ -70,15 +70,13 @@ ROUTED = [FINE, "--route=1,5"]
 RAW = (["--steps=1", "--weights=raw"], ["--steps=2", "--weights=raw"])
 
 WAYS = {
-    "from scratch": Way([(1, WHOLE)]),
-    "two stages": two_stages(stage_1()),
+    "from scratch": Way([(1, WHOLE)]), "two stages": two_stages(stage_1()),
     "short stage 1": two_stages(stage_1(0.75, 20), 1 / 8),
     **{f"two stages, batch {batch}": two_stages(stage_1(), last=whole(batch)) for batch in (8, 4)},
     "growing crops": Way([(0.6 * SHARE, stage_1()), (0.4 * SHARE, [*stage_1(0.75, 20), "--warmup=20"]),
                           (1 - SHARE, WHOLE)]),
     "coarse patches first": two_stages(["--patch_size=4", "--batch_size=16", "--lr=4e-3", "--lr_schedule=constant"]),
-    **patches(4, 16, 64),
-    **patches(1, 4, 32),
+    **patches(4, 16, 64), **patches(1, 4, 32),
     # Transfer: pre-training on eight classes, then 300 images of the other two.
     "eight classes, masked": Way([(1, stage_1())], on="eight", draw=()),
     "eight classes, whole": Way([(1, WHOLE)], on="eight", draw=()),
@@ -93,10 +91,8 @@ WAYS = {
     # One, two and 35 evaluations.
     "two stages, drawn in 35": Way([], start=("two stages", 1), draw=(["--steps=18"],)),
     "trained on": Way([(1, WHOLE)], start=("two stages", 1), draw=(["--steps=18"],)),
-    "ECT": tuned(),
-    "ECT, no dropout": tuned("--dropout=0"),
-    "SCT": tuned("--ref_batch=256"),
-    "SCT, no dropout": tuned("--ref_batch=256", "--dropout=0"),
+    "ECT": tuned(), "ECT, no dropout": tuned("--dropout=0"),
+    "SCT": tuned("--ref_batch=256"), "SCT, no dropout": tuned("--ref_batch=256", "--dropout=0"),
     "SCT, half the time": tuned("--ref_batch=256", share=1 / 2),
     "SCT, guided": Way([], ("SCT", 1), guide="SCT, half the time", draw=tuple([*how, "--cfg_scale=1.5"] for how in RAW)),
 }
@@ -309,11 +305,13 @@ def main(argv):
         stem = folder_of(name, units, "", args).name
         results += [json.loads(path.read_text()) for path in sorted(args.out.glob(f"{stem}*/result.json"))]
     floor = {}
-    if args.classes:  # as many training images in place of samples
+    if args.classes:  # as many training images, of the classes that are drawn, in place of samples
         net = classifier.load(args.data)
-        images, labels = open_folder(args.data)[:2]
-        reference = classifier.features_of(net, open_folder(args.data, "val")[0])
-        floor = classifier.scores(net, reference, images[: args.num], labels[: args.num])
+        (images, labels), (real, known) = (open_folder(args.data, part)[:2] for part in ("train", "val"))
+        first = 8 if args.claim == "transfer" else 0
+        images, labels = images[labels >= first][: args.num], labels[labels >= first][: args.num]
+        reference = classifier.features_of(net, real[known >= first])
+        floor = classifier.scores(net, reference, images, labels)
     about = dict(command=typed(__file__, argv), claim=args.claim, each=args.each, num=args.num, floor=floor, results=results)
     (args.out / f"{args.claim}.json").write_text(json.dumps(about, indent=1))
     print(table(results))
