@@ -196,6 +196,9 @@ def test_what_is_said_of_the_share_of_patches_is_in_its_file():
     assert "a loss of {:.4f}, {:.4f} and {:.4f}".format(*losses) in text
     assert "an FD of {:.1f}, {:.1f} and {:.1f};".format(*distances) in text
     assert f"blocks of 1/10 have {losses[3]:.4f} and {distances[3]:.1f}" in text
+    early = [per_cent_less(stored("masks.json")["results"], key, *ways[:2], 4, seed=seed)
+             for key in ("val_loss", "fd") for seed in (0, 1)]
+    assert "1/4 also leads after 4 (two seeds, `masks.json`)" in text and min(early) > 0
 
 
 def test_what_is_said_of_the_decoder_and_routing_is_in_its_file():
