@@ -56,9 +56,8 @@ def two_stages(first, share=SHARE, last=WHOLE):
 def patches(size, batch_size, first_batch, lr="4e-3", named=""):
     """From scratch and in two stages with patches of another size."""
     last = whole(batch_size, lr, size)
-    first = stage_1(batch_size=first_batch, patch_size=size)
     return {f"from scratch, patches of {size}{named}": Way([(1, last)]),
-            f"two stages, patches of {size}{named}": two_stages(first, last=last)}
+            f"two stages, patches of {size}{named}": two_stages(stage_1(batch_size=first_batch, patch_size=size), last=last)}
 
 def tuned(*flags, share=1):
     """Consistency tuning of the model that two stages trained for as long."""
@@ -111,7 +110,8 @@ for _mask, _ratio, _batch in (("crop", 0.75, 20), ("crop", 0.95, 64), ("block", 
 CLAIMS = {  # [(way, units of time)]
     # Rate and batch; share and mask of the first stage, also for eight times as long. On other seeds and images.
     "tune": [(name, 1) for name in WAYS if name.startswith(("scratch,", "stage 1 ", "two stages, batch"))]
-            + [(name, 8) for name in WAYS if name.startswith("longer,")] + [(name, 2) for name in WAYS if "patches of 1" in name],
+            + [(name, 8) for name in WAYS if name.startswith("longer,")],
+    "tune-patches": [(name, 1) for name in WAYS if "patches of 1" in name],
     # How much sooner is equal quality there? Each time has a schedule of its own.
     "speedup": [(name, units) for units in (1 / 4, 1 / 2, 1, 2) for name in ("from scratch", "two stages")]
                + [(name, units) for name in ("growing crops", "coarse patches first") for units in (1 / 2, 1)] + [("short stage 1", 2)],
