@@ -12,6 +12,7 @@ import pytest
 
 import bench
 import continual
+import model
 import reproduce
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,6 +207,11 @@ def test_other_classifiers_agree_that_two_stages_are_nearer():
 
 def test_what_is_said_of_the_share_of_patches_is_in_its_file():
     text = " ".join(PAGES["assets/results/README.md"].split())
+    tuned = {r["way"]: (r["val_loss"], r["drawn"][0]["fd"], -r["drawn"][0]["right"]) for r in stored("tune.json")["results"]}
+    better = [[tuned[f"stage 1 crop, share {share}, rate 2e-3"][i] < tuned[f"stage 1 block, share {share}, rate 2e-3"][i]
+               for share in ("0.50", "0.67", "0.80")] for i in (0, 1, 2)]
+    assert "beats blocks at all three shares by FD and loss, at one by right class" in text
+    assert [sum(own) for own in better] == [3, 3, 1]
     results = stored("masks.json")["results"]
     ways = [f"two stages{which}" for which in (", crop 0.75", "", ", crop 0.95", ", block 0.9")]
     losses, distances = ([statistics.mean(mean_of(results, key, way=way, minutes=8, seed=seed) for seed in (0, 1))
@@ -231,6 +237,10 @@ def test_what_is_said_of_the_decoder_and_routing_is_in_its_file():
     for way, words in (("decoder, whole images", "a loss of {:.4f} and an FD of {:.2f}, with"),
                        ("decoder 0.5", "stage {:.4f} and {:.2f} (seed 0")):
         assert words.format(*(mean_of(results, key, way=way, minutes=16, seed=0) for key in ("val_loss", "fd"))) in text
+    configs = [bench.parse(["--preset=demo", *flags], image_size=28, channels=3, num_classes=10)[1]
+               for flags in ([reproduce.FINE], reproduce.DECODER)]
+    plain, larger = (sum(p.numel() for p in model.Denoiser(config).parameters()) for config in configs)
+    assert f"network has {100 * (larger / plain - 1):.0f} % more weights" in text
     other = {(r["way"], r["seed"], r["classifier"]): r["fd"] for r in stored("classifiers.json")["results"] if r["minutes"] == 16}
     assert all(other["decoder 0.5", *about] < other["from scratch", *about] for about in [(0, 1), (0, 2), (1, 1), (1, 2)])
 
